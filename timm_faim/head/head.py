@@ -1,0 +1,172 @@
+"""FAIMHead: one prototype per class, logits = -γ d_F(x, μ_k)."""
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_faim.metric import FAIMMetric
+
+_INITS = ("scaled", "seed")
+_SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
+
+
+def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
+    """logits [B, C] minus ``amount`` [1] at the target: class indices [B], or soft targets [B, C] as weights."""
+    amount = amount.to(logits.dtype)
+    if target.dim() == logits.dim():
+        return logits - amount * target.to(logits.dtype)
+    return logits.scatter_add(-1, target.unsqueeze(-1), -amount.expand(target.shape).unsqueeze(-1))
+
+
+class FAIMHead(nn.Module):
+    """A classifier by Finsler distance to learned class prototypes.
+
+        logits_k = -γ d_F(x, μ_k) [+ prior_k],    d_F(x, μ) = F(x - μ), see :class:`timm_faim.FAIMMetric`
+
+    Takes [B, D] or [..., D], and [B, D, H, W] in place of a 1×1-convolution classifier (recognised by a last dimension
+    that is not D). Distances are computed in at least float32, also under autocast; logits have the promoted dtype of
+    features and prototypes.
+
+    Args:
+        in_features: D.
+        num_classes: C >= 1.
+        lambda_init: initial weight λ >= 0 of the 1-form; 0 starts without it.
+        scale_init: initial γ > 0 (inverse softmax temperature).
+        full_sigma: full Σ by its Cholesky factor instead of a diagonal one: D² parameters.
+        symmetric: \\|β'v\\| as in the founding form; False gives a directed Randers metric, positive by construction.
+        init: ``'scaled'`` makes E d_F about 1 whatever D, for features of unit variance per coordinate (or for any
+            features with ``normalize``); ``'seed'`` is the founding N(0, I) for μ and β with Σ = I, of logits near
+            -γ sqrt(2 D). Prototypes from data: :func:`timm_faim.fit_heads` or :meth:`fit_`.
+        normalize: L2-normalise features and prototypes first (a metric on the sphere).
+        learn_scale: False keeps γ fixed.
+        damping: κ in [0, 1], how far the 1-form is bounded (2 tanh(h/2) for h = \\|β'v\\|) until
+            :func:`timm_faim.set_damping` anneals it; for a large β early in training.
+        prior: add a learned per-class log prior [C], zero at first.
+        margin: m >= 0, added to the target's distance in training. Reaches the loss through
+            :class:`timm_faim.TargetMargin`, or ``head(x, target)`` where the head is called directly.
+        eps: ε of the metric.
+
+    Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``. γ and λ act as
+    absolute values, so that no optimizer step makes them negative in effect. State dicts of the founding code
+    (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly.
+
+    Raises:
+        ValueError: an argument out of its range, named with the value; on call, features of another width.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        lambda_init: float = 0.1,
+        scale_init: float = 10.0,
+        full_sigma: bool = False,
+        *,
+        symmetric: bool = True,
+        init: str = "scaled",
+        normalize: bool = False,
+        learn_scale: bool = True,
+        damping: float = 0.0,
+        prior: bool = False,
+        margin: float = 0.0,
+        eps: float = 1e-6,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be >= 1, got {num_classes}; a model without head has num_classes=0")
+        if not (scale_init > 0 and math.isfinite(scale_init)):
+            raise ValueError(f"scale_init (γ) must be a finite number > 0, got {scale_init}")
+        if init not in _INITS:
+            raise ValueError(f"init must be one of {_INITS}, got {init!r}; to start from data call fit_heads()")
+        if not (margin >= 0 and math.isfinite(margin)):
+            raise ValueError(f"margin must be a finite number >= 0, got {margin}")
+        factory = {"device": device, "dtype": dtype}
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.scale_init = float(scale_init)
+        self.init = init
+        self.normalize = normalize
+        self.margin = float(margin)
+        self.metric = FAIMMetric(in_features, full_sigma, symmetric, lambda_init, eps=eps, **factory)
+        self.mu = nn.Parameter(torch.empty(num_classes, in_features, **factory))
+        self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
+        self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
+        self.metric.set_damping(damping)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters as ``init`` says; uses no values of tensors (works on the meta device)."""
+        D, lmbda = self.in_features, self.metric.lambda_init
+        nn.init.constant_(self.scale, self.scale_init)
+        if self.prior is not None:
+            nn.init.zeros_(self.prior)
+        if self.init == "seed":
+            nn.init.normal_(self.mu)
+            self.metric.reset_parameters(beta_std=1.0)
+            return
+        # Σ = σ I and β ~ N(0, σ/D): d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
+        nn.init.normal_(self.mu, std=1.0 / math.sqrt(D))
+        squared = 2.0 if self.normalize else D + 1.0  # E|x - μ|²
+        one_form = 1.0 + lmbda * math.sqrt(2.0 / (math.pi * D))
+        self.metric.reset_parameters(sigma=1.0 / (squared * one_form**2))
+
+    def gamma(self) -> Tensor:
+        """The effective γ = \\|scale\\| [1]."""
+        return self.scale.abs()
+
+    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+        """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
+
+        Args:
+            x: features.
+            target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
+        """
+        convolutional = x.dim() == 4 and x.shape[-1] != self.in_features and x.shape[1] == self.in_features
+        if convolutional:
+            x = x.permute(0, 2, 3, 1)
+        logits = self.metric.scaled_distance(self.embed(x), self._prototypes(), -self.gamma())
+        if self.prior is not None:
+            logits = logits + self.prior
+        if target is not None and self.training and self.margin > 0:
+            logits = subtract_margin(logits, target, self.gamma() * self.margin)
+        logits = logits.to(torch.promote_types(x.dtype, self.mu.dtype))
+        return logits.permute(0, 3, 1, 2) if convolutional else logits
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features as the metric sees them: x, or x / \\|x\\| in at least float32."""
+        return _l2_normalize(x) if self.normalize else x
+
+    def _prototypes(self) -> Tensor:
+        return _l2_normalize(self.mu) if self.normalize else self.mu
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name in _SEED_KEYS:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}metric.{name}"] = state_dict.pop(prefix + name)
+        for name in ("scale", "metric.lmbda"):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.num_classes}, normalize={self.normalize}, margin={self.margin:g}, "
+            f"prior={self.prior is not None}"
+        )
+
+
+def _l2_normalize(x: Tensor) -> Tensor:
+    # eps bounds the gradient at an all-zero feature
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+
+
+def set_damping(model: nn.Module, value: float) -> None:
+    """Set κ in [0, 1], the damping of the 1-form, in every FAIM metric of a model (also call it on an EMA copy)."""
+    for module in model.modules():
+        if isinstance(module, FAIMMetric):
+            module.set_damping(value)

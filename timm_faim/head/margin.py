@@ -1,0 +1,50 @@
+"""The additive distance margin on the target class: logit_y = -γ (d_F(x, μ_y) + m), in training only.
+
+Since the logits are -γ d_F, the margin is a subtraction of γ m from the target's logit, so the target need not travel
+through the model: :class:`TargetMargin` wraps the criterion, which sees outputs and targets anyway. That works
+unchanged under DistributedDataParallel, torch.compile and timm's training tasks
+(``ClassificationTask(model, criterion=TargetMargin(criterion, model))``), with hard targets and with Mixup's soft ones.
+"""
+
+from collections.abc import Sequence
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from .head import FAIMHead, subtract_margin
+
+
+def faim_heads(model: nn.Module) -> dict[str, FAIMHead]:
+    """The FAIM heads of a model by module name, in module order; empty for a model without one."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FAIMHead)}
+
+
+class TargetMargin(nn.Module):
+    """A criterion(output, target) that first widens the target's distance by each head's ``margin``.
+
+    Args:
+        criterion: any classification criterion on (logits, target).
+        model: the model in training, wrapped or compiled or not. Its heads are looked up once, so build this after
+            ``reset_classifier``. A head's margin counts only while that head is in training mode.
+
+    A tuple output of as many logits as there are heads (distilled training) gets each head's own margin. A model that
+    averages its heads (distilled pairs) gets the mean of γ m, which is exactly what margins inside each head give.
+    """
+
+    def __init__(self, criterion: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self._heads = [head for head in faim_heads(model).values() if head.margin > 0]  # a list: not submodules
+
+    def forward(self, output: Union[Tensor, Sequence[Tensor]], target: Tensor) -> Tensor:
+        """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""
+        heads = [head for head in self._heads if head.training]
+        if heads:
+            amounts = [head.gamma() * head.margin for head in heads]
+            if isinstance(output, (tuple, list)):
+                if len(output) == len(amounts):
+                    output = type(output)(subtract_margin(o, target, a) for o, a in zip(output, amounts, strict=True))
+            else:
+                output = subtract_margin(output, target, torch.stack(amounts).mean(0))
+        return self.criterion(output, target)

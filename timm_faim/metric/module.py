@@ -1,0 +1,213 @@
+"""FAIMMetric: the parameters Σ, β, λ of a Finsler (Minkowski) norm, and distances under it.
+
+Precision policy: distances are computed in at least float32 with autocast off, whatever the dtype of the features
+(bfloat16 and float16 features are widened first), because q = |x|² + |y|² - 2 x·y loses small distances in half
+precision. TF32 matrix products follow the user's ``torch.backends`` setting, like any linear layer. The result has
+the promoted dtype of features and parameters: float32 under autocast, bfloat16 for a model moved to bfloat16.
+"""
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.jit import Final
+
+from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
+from .fused import FusedDistance
+
+
+class FAIMMetric(nn.Module):
+    """A FAIM metric on R^D, the same at every point.
+
+        F(v) = sqrt(v'Σv + ε) + λ sqrt((β'v)² + ε)     symmetric=True
+        F(v) = sqrt(v'Σv + ε) + λ β̃'v                  symmetric=False (Randers)
+
+    Σ = diag(exp(log_sigma_diag)) + ε I, or tril(L) tril(L)' + ε I with ``full_sigma``. λ is used as \\|lmbda\\|, so
+    that no optimizer step can make it negative in effect. A Randers metric is positive for every parameter value:
+    β̃ = 0.999 β / sqrt(1 + r²) with r² = λ² β'Σ⁻¹β, hence λ² β̃'Σ⁻¹β̃ < 1 (Shen 2001, section 1.2).
+
+    Args:
+        in_features: D.
+        full_sigma: learn a full Σ (Cholesky factor L [D, D]) instead of its diagonal.
+        symmetric: use \\|β'v\\|, which makes d_F(x, y) = d_F(y, x); False gives the directed Randers metric.
+        lambda_init: initial λ >= 0.
+        eps: ε, smoothing of both roots and ridge of Σ.
+
+    Parameters: ``beta`` [D], ``lmbda`` [1], and ``log_sigma_diag`` [D] or ``L`` [D, D]. Σ starts at the identity, β
+    at N(0, 1/D), so that \\|β'v\\| is about \\|v\\| / sqrt(D).
+
+    Raises:
+        ValueError: in_features < 1, a negative or non-finite lambda_init, eps < 0.
+    """
+
+    _randers_limit: Final[float] = 0.999  # of the Σ-norm of the effective 1-form; at 1 F would vanish somewhere
+
+    def __init__(
+        self,
+        in_features: int,
+        full_sigma: bool = False,
+        symmetric: bool = True,
+        lambda_init: float = 0.1,
+        *,
+        eps: float = 1e-6,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1:
+            raise ValueError(f"in_features must be >= 1, got {in_features}")
+        if not (lambda_init >= 0 and math.isfinite(lambda_init)):
+            raise ValueError(f"lambda_init must be a finite number >= 0, got {lambda_init}; 0 switches the 1-form off")
+        if not eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {eps}")
+        factory = {"device": device, "dtype": dtype}
+        self.in_features = in_features
+        self.full_sigma = full_sigma
+        self.symmetric = symmetric
+        self.lambda_init = float(lambda_init)
+        self.eps = float(eps)
+        self.beta = nn.Parameter(torch.empty(in_features, **factory))
+        self.lmbda = nn.Parameter(torch.empty(1, **factory))
+        self.register_parameter("log_sigma_diag", None)
+        self.register_parameter("L", None)
+        if full_sigma:
+            self.L = nn.Parameter(torch.empty(in_features, in_features, **factory))
+        else:
+            self.log_sigma_diag = nn.Parameter(torch.empty(in_features, **factory))
+        # κ as a tensor (its changes do not recompile) and a flag (the undamped path costs nothing)
+        self.damped = False
+        self.register_buffer("damping", torch.zeros(1, **factory), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, sigma: float = 1.0, beta_std: Optional[float] = None) -> None:
+        """Σ = sigma · I, β ~ N(0, beta_std²) (default sigma / D, a 1-form of Σ⁻¹-norm about 1), λ = lambda_init."""
+        with torch.no_grad():
+            if self.L is not None:
+                nn.init.eye_(self.L).mul_(math.sqrt(sigma))
+            if self.log_sigma_diag is not None:
+                nn.init.constant_(self.log_sigma_diag, math.log(sigma))
+            nn.init.normal_(self.beta, std=math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
+            nn.init.constant_(self.lmbda, self.lambda_init)
+
+    @torch.jit.ignore
+    def set_damping(self, value: float) -> None:
+        """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed \\|β'v\\| by 2."""
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"damping must lie in [0, 1], got {value}")
+        self.damped = value > 0
+        self.damping.fill_(value)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], in the promoted dtype.
+
+        Raises:
+            ValueError: a last dimension other than D, or y that is not 2-D.
+        """
+        return self.scaled_distance(x, y, None)
+
+    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
+        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected features [..., {self.in_features}], got shape {list(x.shape)}")
+        if y.dim() != 2 or y.shape[-1] != self.in_features:
+            raise ValueError(f"expected points y [C, {self.in_features}], got shape {list(y.shape)}")
+        if not torch.jit.is_scripting():
+            device_type = x.device.type
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return self._scaled_distance(x, y, scale)
+        return self._scaled_distance(x, y, scale)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
+        if v.shape[-1] != self.in_features:
+            raise ValueError(f"expected vectors [..., {self.in_features}], got shape {list(v.shape)}")
+        out_dtype, dtype = _dtypes(v, self.beta)
+        sigma, tril, beta, lmbda = self._tensors(dtype)
+        flat = v.to(dtype).reshape(-1, self.in_features)
+        term = one_form_term(torch.mv(flat, beta), self.symmetric, self.eps, self._damping(dtype))
+        value = torch.sqrt(squared_norm(flat, sigma, tril, self.eps) + self.eps) + lmbda * term
+        return value.to(out_dtype).reshape(v.shape[:-1])
+
+    @torch.jit.ignore
+    def reference(self, x: Tensor, y: Tensor) -> Tensor:
+        """d_F(x, y) [B, C] for x [B, D], y [C, D] by the literal formula (the oracle); O(B·C·D) memory."""
+        _, _, beta, lmbda = self._tensors(x.dtype)
+        sigma = self.sigma().to(x.dtype)
+        return reference_distance(x, y, sigma, beta, lmbda, self.eps, self.symmetric, self._damping(x.dtype))
+
+    @torch.jit.ignore
+    def sigma(self) -> Tensor:
+        """Σ as a dense matrix [D, D], in the dtype of the parameters."""
+        if self.L is not None:
+            tril = torch.tril(self.L)
+            return tril @ tril.t() + self.eps * torch.eye(self.in_features, device=tril.device, dtype=tril.dtype)
+        return torch.diag(self.log_sigma_diag.exp() + self.eps)
+
+    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
+        out_dtype, dtype = _dtypes(x, y)
+        sigma, tril, beta, lmbda = self._tensors(dtype)
+        damping = self._damping(dtype)
+        flat = x.to(dtype).reshape(-1, self.in_features)
+        y = y.to(dtype)
+        scale = torch.ones_like(lmbda) if scale is None else scale.to(dtype)
+        if torch.jit.is_scripting():
+            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping)
+        elif torch.compiler.is_compiling():
+            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping)
+        else:
+            d = FusedDistance.apply(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping)
+        return d.to(out_dtype).reshape(x.shape[:-1] + y.shape[:1])
+
+    def _tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
+        """Effective diagonal of Σ or lower-triangular factor, β and λ in ``dtype``."""
+        sigma: Optional[Tensor] = None
+        tril: Optional[Tensor] = None
+        if self.L is not None:
+            tril = torch.tril(self.L.to(dtype))
+        if self.log_sigma_diag is not None:
+            sigma = self.log_sigma_diag.to(dtype).exp() + self.eps
+        beta = self.beta.to(dtype)
+        lmbda = self.lmbda.to(dtype).abs()
+        if not self.symmetric:
+            beta = beta * self._randers_factor(sigma, tril, beta, lmbda)
+        return sigma, tril, beta, lmbda
+
+    def _randers_factor(
+        self, sigma: Optional[Tensor], tril: Optional[Tensor], beta: Tensor, lmbda: Tensor
+    ) -> Tensor:
+        if sigma is not None:
+            dual = (beta * beta / sigma).sum()
+        else:
+            assert tril is not None
+            # float64: T T' + ε I squares the condition number of T
+            wide = tril.double()
+            eye = torch.eye(self.in_features, device=wide.device, dtype=wide.dtype)
+            factor = torch.linalg.cholesky(wide @ wide.t() + self.eps * eye)
+            half = torch.linalg.solve_triangular(factor, beta.double().unsqueeze(1), upper=False)
+            dual = half.square().sum().to(beta.dtype)
+        return self._randers_limit * torch.rsqrt(1.0 + lmbda * lmbda * dual)
+
+    def _damping(self, dtype: torch.dtype) -> Optional[Tensor]:
+        damping: Optional[Tensor] = None
+        if self.damped:
+            damping = self.damping.to(dtype)
+        return damping
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, full_sigma={self.full_sigma}, symmetric={self.symmetric}, eps={self.eps:g}"
+
+
+def _dtypes(x: Tensor, y: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Result dtype and computing dtype (at least float32)."""
+    out = torch.promote_types(x.dtype, y.dtype)
+    return out, torch.promote_types(out, torch.float32)
+
+
+def faim_distance(x: Tensor, y: Tensor, metric: FAIMMetric) -> Tensor:
+    """Distances d_F(x, y) = F(x - y) from x [..., D] to each row of y [C, D] -> [..., C].
+
+    For paired points use ``metric.norm(x - y)``; for the literal formula ``metric.reference(x, y)``.
+    """
+    return metric(x, y)
