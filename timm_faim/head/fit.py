@@ -42,7 +42,7 @@ class HeadStatistics:
             raise ValueError(
                 f"expected features [N, {D}] and targets [N], got {list(features.shape)} and {list(targets.shape)}"
             )
-        if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < C):
+        if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < C):
             raise ValueError(f"targets must lie in [0, {C}), got {int(targets.min())} to {int(targets.max())}")
         if not torch.isfinite(features).all():
             raise ValueError("features contain NaN or inf; check the backbone's weights and the input normalisation")

@@ -23,7 +23,7 @@ class FusedDistance(torch.autograd.Function):
     """s · d_F(x, y) [B, C]; arguments as :func:`timm_faim.metric.functional.gemm_distance`, and the scale s [1]."""
 
     @staticmethod
-    def forward(ctx, x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, eps, symmetric, damping):  # noqa: D102
+    def forward(ctx, x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, eps, symmetric, damping):
         shift_D = y_CD.mean(0)
         xc_BD, yc_CD = x_BD - shift_D, y_CD - shift_D
         tri_y_CD = None
@@ -44,7 +44,7 @@ class FusedDistance(torch.autograd.Function):
         return out_BC
 
     @staticmethod
-    def backward(ctx, G_BC):  # noqa: D102
+    def backward(ctx, G_BC):
         x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, damping, root_BC, tri_y_CD = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return _plain_gradient(ctx, G_BC)

@@ -152,9 +152,7 @@ class FAIMMetric(nn.Module):
         flat = x.to(dtype).reshape(-1, self.in_features)
         y = y.to(dtype)
         scale = torch.ones_like(lmbda) if scale is None else scale.to(dtype)
-        if torch.jit.is_scripting():
-            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping)
-        elif torch.compiler.is_compiling():
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
             d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping)
         else:
             d = FusedDistance.apply(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping)

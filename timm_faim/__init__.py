@@ -1,0 +1,27 @@
+"""FAIM heads for timm: prototypes under a Finsler metric, for fine-grained image classification.
+
+Importing this package registers a ``faim_`` twin of every timm classification architecture:
+
+    import timm, timm_faim
+    model = timm.create_model("faim_vit_base_patch16_224", pretrained=True, num_classes=200)
+"""
+
+from .head import FAIMHead, TargetMargin, faim_heads, fit_, fit_heads, set_damping
+from .metric import FAIMMetric, faim_distance
+from .models import head_options, register_twins
+from .version import __version__
+
+__all__ = [
+    "FAIMHead",
+    "FAIMMetric",
+    "TargetMargin",
+    "__version__",
+    "faim_distance",
+    "faim_heads",
+    "fit_",
+    "fit_heads",
+    "head_options",
+    "set_damping",
+]
+
+register_twins()

@@ -1,0 +1,7 @@
+"""FAIM twins of timm's architectures."""
+
+from .attach import attach_heads
+from .config import head_options
+from .faim import has_classifier, register_twins
+
+__all__ = ["attach_heads", "has_classifier", "head_options", "register_twins"]

@@ -1,0 +1,161 @@
+"""Put FAIM heads where a timm model has its linear classifiers, and keep them there.
+
+The classifier modules are those that the model's ``pretrained_cfg['classifier']`` names, plus what
+``get_classifier()`` returns and that name misses. Each ``nn.Linear`` or 1×1 ``nn.Conv2d`` found there is replaced by a
+FAIMHead of the same width, device and dtype; keys become ``<classifier>.mu`` and so on.
+
+The model's class becomes a subclass made on the fly (``isinstance`` of the timm class still holds) whose
+``reset_classifier`` calls timm's and attaches heads again.
+"""
+
+from functools import cache
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from timm_faim.head import FAIMHead, faim_heads
+
+
+def attach_heads(model: nn.Module, faim_cfg: dict[str, Any]) -> nn.Module:
+    """Replace the classifiers of a timm model by FAIM heads, in place.
+
+    Args:
+        model: a model made by timm, with ``pretrained_cfg``; with ``num_classes=0`` the heads come with a later
+            ``reset_classifier``.
+        faim_cfg: resolved head options, see :func:`timm_faim.models.config.resolve_faim_cfg`.
+
+    Raises:
+        TypeError: a named classifier that is neither linear nor a 1×1 convolution.
+        ValueError: head options out of their range.
+    """
+    model.faim_cfg = dict(faim_cfg)
+    _replace_classifiers(model)
+    model.__class__ = _subclass(type(model), FAIMModelMixin)
+    return model
+
+
+class FAIMModelMixin:
+    """What a timm model gains with FAIM heads. No annotations here: TorchScript reads the timm class's own."""
+
+    __jit_unused_properties__ = ["_model_args"]
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
+        """timm's ``reset_classifier`` with FAIM heads in place of the linear classifiers; 0 removes the head."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+        super().reset_classifier(num_classes, *args, **kwargs)
+        self.num_classes = num_classes  # some models forget it
+        _replace_classifiers(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        """timm's names and every parameter of the heads: prototypes, Σ, β and scalars are not decayed."""
+        names = set(super().no_weight_decay()) if hasattr(super(), "no_weight_decay") else set()
+        for head_name, head in faim_heads(self).items():
+            names.update(f"{head_name}.{name}" for name, _ in head.named_parameters())
+        return names
+
+    @property
+    def _model_args(self) -> dict:
+        """timm's record of the creation arguments, with ``faim_cfg`` completed by the defaults in force."""
+        return {**self.__dict__.get("_timm_model_args", {}), "faim_cfg": dict(self.faim_cfg)}
+
+    @_model_args.setter
+    def _model_args(self, value: dict) -> None:
+        self.__dict__["_timm_model_args"] = value
+
+    def __reduce_ex__(self, protocol):
+        return _reduce(self)
+
+
+class KeepsHeadMixin:
+    """A container above a FAIM head: ``fuse()`` (timm's reparameterisation) has no linear layer to fold into."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        return self
+
+    def __reduce_ex__(self, protocol):
+        return _reduce(self)
+
+
+def _replace_classifiers(model: nn.Module) -> None:
+    for name in _classifier_names(model):
+        layer = _find(model, name)
+        if layer is None or isinstance(layer, (nn.Identity, FAIMHead)):
+            continue
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child_name, _head_like(layer, name, model.faim_cfg))
+        _keep_unfused(model, parent_name)
+
+
+def _classifier_names(model: nn.Module) -> list[str]:
+    """Names of the classifier layers, the model's config first."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    names = [named] if isinstance(named, str) else list(named)
+    modules = dict(model.named_modules())
+    by_id = {id(module): name for name, module in modules.items()}
+    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
+        classifiers = [classifiers]
+    for classifier in classifiers:
+        name = by_id.get(id(classifier))
+        if name is None or any(known == name or known.startswith(f"{name}.") for known in names):
+            continue
+        layers = [key for key, module in modules.items() if _within(key, name) and _is_linear(module)]
+        names.extend(layers[-1:])  # of a container (norm, dropout, linear) the last layer classifies
+    return names
+
+
+def _head_like(layer: nn.Module, name: str, faim_cfg: dict[str, Any]) -> FAIMHead:
+    if not _is_linear(layer):
+        raise TypeError(f"classifier {name!r} is a {type(layer).__name__}; only linear layers and 1×1 convolutions fit")
+    out_features, in_features = layer.weight.shape[:2]
+    head = FAIMHead(in_features, out_features, **faim_cfg, device=layer.weight.device, dtype=layer.weight.dtype)
+    return head.train(layer.training)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+def _keep_unfused(model: nn.Module, parent_name: str) -> None:
+    """Stop ``fuse()`` in every container between the model and a head."""
+    while parent_name:
+        container = model.get_submodule(parent_name)
+        if hasattr(container, "fuse") and not isinstance(container, KeepsHeadMixin):
+            container.__class__ = _subclass(type(container), KeepsHeadMixin)
+        parent_name = parent_name.rpartition(".")[0]
+
+
+def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # inside a container that num_classes=0 leaves out
+        return None
+
+
+def _within(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
+
+
+@cache
+def _subclass(base: type, mixin: type) -> type:
+    namespace = {"__module__": base.__module__, "__annotations__": dict(getattr(base, "__annotations__", {}))}
+    return type(f"FAIM{base.__name__}", (mixin, base), namespace)
+
+
+def _reduce(module: nn.Module) -> tuple:
+    """Pickle and deepcopy by the importable timm class and the mixin: the subclass itself has no import path."""
+    mixin, base = type(module).__bases__
+    state = module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
+    return _rebuild, (base, mixin), state
+
+
+def _rebuild(base: type, mixin: type) -> nn.Module:
+    cls = _subclass(base, mixin)
+    return cls.__new__(cls)

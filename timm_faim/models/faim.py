@@ -1,0 +1,131 @@
+"""The ``faim_`` twin of every timm architecture with a classifier, in timm's own registry.
+
+timm reads the registering module: entry functions are found among its globals, their pretrained configs in
+``default_cfgs``, and its last name (``faim``) is what ``timm.list_modules()`` shows.
+"""
+
+import logging
+import sys
+from collections import deque
+from dataclasses import replace
+from typing import Any, Optional
+
+import timm
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
+from torch import nn
+
+from .attach import attach_heads
+from .checkpoint import check_backbone, load_heads, read_faim_state_dict, split_heads
+from .config import resolve_faim_cfg
+
+_logger = logging.getLogger(__name__)
+
+PREFIX = "faim_"
+default_cfgs: dict[str, DefaultCfg] = {}  # the name that timm's register_model looks up
+__all__: list[str] = []  # register_model appends the entry names
+
+
+def has_classifier(arch: str) -> bool:
+    """Whether a timm architecture can classify: its ``*_enc`` encoders have no classifier and no reset_classifier."""
+    return not arch.endswith("_enc")
+
+
+def register_twins() -> None:
+    """Register ``faim_<arch>`` for every timm architecture with a classifier, with the backbone's pretrained tags."""
+    for arch in timm.list_models():
+        if has_classifier(arch) and not arch.startswith(PREFIX):
+            _register_twin(arch)
+
+
+def _register_twin(arch: str) -> None:
+    name = PREFIX + arch
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(arch, pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__
+    entry.__doc__ = f"timm's {arch} with FAIM heads; ``faim_cfg`` takes the head options."
+    setattr(sys.modules[__name__], name, entry)
+    cfgs = {split_model_name_tag(full)[1]: cfg for full, cfg in get_arch_pretrained_cfgs(arch).items()}
+    if cfgs:
+        pretrained = any(cfg.has_weights for cfg in cfgs.values())
+        default_cfgs[name] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=pretrained)
+    register_model(entry)
+
+
+def _create(
+    arch: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
+    faim_cfg: Optional[dict[str, Any]] = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build timm's model, weights loaded into timm's own layers first, then put FAIM heads in place of classifiers."""
+    faim_cfg = resolve_faim_cfg(faim_cfg)
+    num_classes = kwargs.get("num_classes")
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+    source = resolve_pretrained_cfg(arch, pretrained_cfg, pretrained_cfg_overlay)
+    state_dict = read_faim_state_dict(source, kwargs.get("cache_dir")) if pretrained else None
+    if state_dict is not None:
+        return _create_from_checkpoint(arch, source, state_dict, faim_cfg, **kwargs)
+
+    # a tag is handed on as the string: some models compare it
+    model = model_entrypoint(arch)(
+        pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
+    )
+    if kwargs.get("features_only"):
+        return model
+    _attach(model, arch, faim_cfg)
+    if num_classes is None:
+        _say_default_classes(model, arch)
+    if pretrained and model.num_classes > 0:
+        tag = model.pretrained_cfg.get("tag") or "default"
+        _logger.info(f"{PREFIX}{arch}: backbone weights loaded ({tag}), the FAIM head starts fresh")
+    return model
+
+
+def _create_from_checkpoint(
+    arch: str, source: PretrainedCfg, state_dict: dict[str, Any], faim_cfg: dict[str, Any], **kwargs: Any
+) -> nn.Module:
+    backbone, heads = split_heads(state_dict)
+    kwargs.setdefault("num_classes", source.num_classes)
+    # num_classes=-1 differs from every model's: timm then loads without a classifier, through its own filters
+    weights_only = replace(
+        source, state_dict=backbone, source=None, file=None, url=None, hf_hub_id=None, num_classes=-1, custom_load=False
+    )
+    model = model_entrypoint(arch)(pretrained=True, pretrained_cfg=weights_only.to_dict(), **kwargs)
+    if kwargs.get("features_only"):
+        return model
+    model.pretrained_cfg.clear()  # the same dict is default_cfg
+    model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())
+    _attach(model, arch, faim_cfg)
+    if model.num_classes == source.num_classes:
+        check_backbone(model, backbone)
+    load_heads(model, heads)
+    return model
+
+
+def _attach(model: nn.Module, arch: str, faim_cfg: dict[str, Any]) -> None:
+    model.pretrained_cfg["architecture"] = PREFIX + arch
+    attach_heads(model, faim_cfg)
+
+
+def _say_default_classes(model: nn.Module, arch: str) -> None:
+    tag = str(model.pretrained_cfg.get("tag"))
+    if model.num_classes == 0:
+        _logger.warning(f"{PREFIX}{arch}: the weights {tag!r} have no classes, so there is no head; pass num_classes")
+    elif "clip" in f"{arch}.{tag}" and model.num_classes in (512, 640, 768, 1024, 1152, 1280):
+        _logger.warning(
+            f"{PREFIX}{arch}: the {model.num_classes} outputs of {tag!r} embed, they are no classes; pass num_classes"
+        )
