@@ -1,0 +1,1 @@
+"""Parts of `train_faim.py`, each a module with one job."""
