@@ -9,6 +9,7 @@ The run folder gets summary.csv, learning_curve.png, args.yaml, config.json, las
 model_best.safetensors.
 """
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 
 from timm_faim import faim_heads, fit_heads, set_damping
-from timm_faim.training import setup
+from timm_faim.training import factories
 from timm_faim.training.args import parse_args
 from timm_faim.training.checkpoint import BEST, save_config, save_weights
 from timm_faim.training.data import build_fit_loader, build_loaders, count_unreadable, open_datasets, set_epoch
@@ -32,7 +33,7 @@ from timm_faim.training.report import append_summary, draw_learning_curve, epoch
 def train(argv: Sequence[str]) -> None:
     """One run, from the command line to the saved model."""
     args = parse_args(argv)
-    setup.check_model_name(args.model)
+    factories.check_model_name(args.model)
 
     # Accelerate decides the device and the number of processes; --amp and --torchcompile go before its own settings.
     accelerator = Accelerator(
@@ -45,9 +46,9 @@ def train(argv: Sequence[str]) -> None:
 
     # The same seed everywhere for the weights; another one per process, below, for the augmentation.
     random_seed(args.seed, 0)
-    data = open_datasets(args, setup.input_channels(args))
-    model = setup.build_model(args, data.num_classes)
-    data_config = setup.build_data_config(args, model)
+    data = open_datasets(args, factories.input_channels(args))
+    model = factories.build_model(args, data.num_classes)
+    data_config = factories.build_data_config(args, model)
     train_loader, val_loader = build_loaders(args, data, data_config, accelerator)
 
     run_folder = prepare_run_folder(args, accelerator, data_config["input_size"][-1])
@@ -61,10 +62,10 @@ def train(argv: Sequence[str]) -> None:
         fit_heads(model, build_fit_loader(args, data_config, accelerator), device=accelerator.device)
     random_seed(args.seed, accelerator.process_index)
 
-    criterion = setup.build_criterion(args, model)
-    mixup = setup.build_mixup(args, data.num_classes)
-    optimizer = setup.build_optimizer(args, model, world)
-    scheduler, epochs = setup.build_scheduler(args, optimizer, len(train_loader))
+    criterion = factories.build_criterion(args, model)
+    mixup = factories.build_mixup(args, data.num_classes)
+    optimizer = factories.build_optimizer(args, model, world)
+    scheduler, epochs = factories.build_scheduler(args, optimizer, len(train_loader))
     # The average copies the bare model: `prepare` below patches its forward and may wrap it.
     ema = None
     if args.model_ema:
@@ -72,6 +73,7 @@ def train(argv: Sequence[str]) -> None:
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     evaluated = ema.module if ema else bare_model
+    damping = (args.faim_cfg or {}).get("damping", 0.0)
 
     log(f"{args.model}: {sum(p.numel() for p in bare_model.parameters()) / 1e6:.2f} M parameters, "
         f"{data.num_classes} classes, {len(data.train)} training and {len(data.val)} validation images, "
@@ -83,15 +85,18 @@ def train(argv: Sequence[str]) -> None:
         for epoch in range(epochs):
             set_epoch(train_loader, epoch)
             if args.damp_epochs:
-                for m in {bare_model, evaluated}:
-                    set_damping(m, max(0.0, 1 - epoch / args.damp_epochs))
-
+                set_damping(bare_model, max(damping, 1 - epoch / args.damp_epochs))
             trained = train_one_epoch(
                 epoch, model, train_loader, criterion, optimizer, scheduler, accelerator, args, run_folder, mixup, ema,
             )
+            if args.damp_epochs:
+                set_damping(bare_model, damping)  # evaluate what a saved and reopened model computes
             if world > 1 and args.dist_bn:
                 distribute_bn(evaluated, world, reduce=args.dist_bn == "reduce")
             validated = evaluate(evaluated if ema else model, val_loader, accelerator, args)
+            if not math.isfinite(validated["loss"]):
+                raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch + 1}. Checkpoints of "
+                                f"earlier epochs are kept in {run_folder}. Try a lower --lr or --clip-grad")
             unreadable = count_unreadable((train_loader, val_loader), accelerator) if args.skip_unreadable else 0
 
             lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)

@@ -91,10 +91,12 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
             or more classes than --num-classes.
     """
     train, val = (open_split(args, is_training, in_chans) for is_training in (True, False))
-    roots = [getattr(_reader(d), "root", None) for d in (train, val)]
-    if roots[0] is not None and roots[0] == roots[1] and args.train_split != args.val_split:
-        raise UserError(f"training and validation would both read {roots[0]}: {args.train_split!r} or "
-                        f"{args.val_split!r} is no folder of it. Name the folders with --train-split and --val-split")
+    roots = [Path(_reader(d).root).resolve() for d in (train, val) if getattr(_reader(d), "root", None)]
+    # timm reads the whole data folder where it finds no folder of the split's name.
+    overlap = len(roots) == 2 and (roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0]))
+    if overlap and args.train_split != args.val_split:
+        raise UserError(f"training would read {roots[0]} and validation {roots[1]}: the same images. Make folders "
+                        "train/ and val/ in --data-dir, or name the folders with --train-split and --val-split")
 
     classes, val_classes = _class_to_idx(train), _class_to_idx(val)
     if classes and val_classes and classes != val_classes:

@@ -26,8 +26,8 @@ def head_metrics(model: torch.nn.Module) -> dict[str, float]:
     metrics = {}
     for name, head in heads.items():
         suffix = f"_{name}" if len(heads) > 1 else ""
-        metrics[f"lambda{suffix}"] = round(float(head.metric.lmbda.detach()), 5)
-        metrics[f"gamma{suffix}"] = round(float(head.scale.detach()), 4)
+        metrics[f"lambda{suffix}"] = round(abs(head.metric.lmbda.item()), 5)  # effective: the sign has no effect
+        metrics[f"gamma{suffix}"] = round(abs(head.scale.item()), 4)
     return metrics
 
 

@@ -1,5 +1,6 @@
 """Model, loss, mixing, optimiser and schedule, all made by timm's factories from the options."""
 import argparse
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -38,6 +39,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         UserError: whatever timm or the head says about the name, the head's options or the model's arguments.
     """
     check_model_name(args.model)
+    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
+        raise UserError(f"--initial-checkpoint {args.initial_checkpoint} is no file")
     given = dict(
         args.model_kwargs, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
         faim_cfg=args.faim_cfg,
@@ -49,7 +52,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         model = timm.create_model(args.model, pretrained=args.pretrained, **given)
         if args.initial_checkpoint:
             load_checkpoint(model, args.initial_checkpoint)
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError, AssertionError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as e:
         raise UserError(f"cannot create {args.model}: {e}") from e
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)

@@ -1,0 +1,54 @@
+"""What the training tests share: a tiny image folder and runs of train_faim.py inside the test process."""
+import csv
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+import train_faim
+
+# A tiny model on 32-pixel images; 10 training images in batches of 4 make 2 steps an epoch (the rest is dropped).
+TINY = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--opt", "adamw", "--lr", "0.003",
+        "--warmup-epochs", "0", "--no-aug", "--log-interval", "1"]
+
+
+def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, classes=("bird", "cat", "dog")) -> Path:
+    """root/{train,val}/<class>/<n>.png of 32 pixels, one colour per class plus noise; `extra_val` more of the first.
+
+    With the defaults 12 training images and 7 validation images: an odd number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", train), ("val", val)):
+        for k, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count + (extra_val if split == "val" and k == 0 else 0)):
+                pixels = torch.randint(0, 120, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., k % 3] += 120
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def train(*argv: object) -> None:
+    """One run in this process, with a fresh Accelerator and one thread (more only get in each other's way here)."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_faim.train([str(word) for word in argv])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_tiny(data: Path, output: Path, *argv: object, model: str = "faim_test_resnet") -> Path:
+    """A tiny run in this process; returns its run folder."""
+    train("--data-dir", data, "--output", output, "--experiment", "run", "--model", model, *TINY, *argv)
+    return output / "run"
+
+
+def read_summary(run: Path) -> list[dict[str, str]]:
+    """The rows of summary.csv."""
+    with (run / "summary.csv").open() as stream:
+        return list(csv.DictReader(stream))

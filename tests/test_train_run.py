@@ -1,0 +1,257 @@
+"""Whole runs of train_faim.py on a tiny image folder, in one process and in two."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from runs import TINY, make_images, read_summary, train, train_tiny
+from safetensors.torch import load_file
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+
+import train_faim
+from timm_faim import faim_heads
+from timm_faim.training import factories, report
+from timm_faim.training.args import parse_args
+from timm_faim.training.errors import UserError
+from timm_faim.training.loop import evaluate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def evaluate_run(run, images):
+    """Validation metrics of a run folder, opened by timm and nothing else of ours."""
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    config = resolve_model_data_config(model)
+    loader = create_loader(create_dataset("", root=str(images), split="validation"), batch_size=3, num_workers=0,
+                           device=torch.device("cpu"), is_training=False,
+                           **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")})
+    return model, evaluate(model, loader, Accelerator(cpu=True), parse_args(["--data-dir", "d"]))
+
+
+@pytest.fixture(scope="module")
+def faim_run(images, tmp_path_factory):
+    return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "normalize=True", "margin=0.2",
+                      "--damp-epochs", "2", "--head-init", "data", "--epochs", "3")
+
+
+def test_run_folder_is_complete(faim_run):
+    assert {p.name for p in faim_run.iterdir()} == {
+        "args.yaml", "config.json", "learning_curve.png", "last.safetensors", "model.safetensors",
+        "model_best.safetensors", "summary.csv"}
+    assert (faim_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_has_one_row_an_epoch(faim_run):
+    rows = read_summary(faim_run)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert set(rows[0]) == {
+        "epoch", "train_loss", "train_top1", "train_images_per_s", "train_seconds", "train_lambda", "train_gamma",
+        "eval_loss", "eval_top1", "eval_top5", "eval_samples", "lr"}
+    assert all(row["eval_samples"] == "7" for row in rows)
+    rates = [float(row["lr"]) for row in rows]
+    assert rates[0] > rates[1] > rates[2] > 0
+
+
+def test_timm_opens_the_best_weights_with_their_preprocessing(faim_run, images):
+    model, metrics = evaluate_run(faim_run, images)
+    best = max(read_summary(faim_run), key=lambda row: float(row["eval_top1"]))
+    assert metrics["top1"] == pytest.approx(float(best["eval_top1"]))
+    assert metrics["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
+    assert model.num_classes == 3 and len(faim_heads(model)) == 1
+    assert model.faim_cfg["normalize"] is True and model.faim_cfg["margin"] == 0.2
+    assert model.pretrained_cfg["label_names"] == ["bird", "cat", "dog"]
+    assert resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+
+
+def test_config_leaves_out_what_breaks_other_readers(faim_run):
+    config = json.loads((faim_run / "config.json").read_text())
+    assert "num_classes" not in config["model_args"] and config["num_classes"] == 3
+    assert "tag" not in config["pretrained_cfg"]  # the tag of weights that this run did not start from
+
+
+def test_options_are_saved_and_repeat_the_run_exactly(faim_run, tmp_path):
+    train("--config", faim_run / "args.yaml", "--output", tmp_path, "--experiment", "again")
+    varying = ("train_images_per_s", "train_seconds")
+    first, second = (
+        [{k: v for k, v in row.items() if k not in varying} for row in read_summary(run)]
+        for run in (faim_run, tmp_path / "again"))
+    assert first == second
+
+
+def test_another_seed_is_another_run(faim_run, tmp_path):
+    train("--config", faim_run / "args.yaml", "--output", tmp_path, "--experiment", "again", "--seed", "1")
+    assert read_summary(tmp_path / "again")[0]["train_loss"] != read_summary(faim_run)[0]["train_loss"]
+
+
+def test_plain_timm_model_runs_in_the_same_script(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--epochs", "1", model="test_resnet")
+    assert "train_lambda" not in read_summary(run)[0]
+    model, metrics = evaluate_run(run, images)
+    assert not faim_heads(model) and metrics["top1"] == pytest.approx(float(read_summary(run)[0]["eval_top1"]))
+
+
+def test_one_channel_images_keep_one_mean_in_the_config(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--epochs", "1", "--in-chans", "1", "--mixup", "0.2", "--grad-accum-steps", "2")
+    config = resolve_model_data_config(timm.create_model(f"local-dir:{run}", pretrained=True))
+    assert config["input_size"] == (1, 32, 32) and len(config["mean"]) == len(config["std"]) == 1
+
+
+def test_image_size_reaches_models_of_fixed_size(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--epochs", "1", "--layer-decay", "0.7", "--drop-path", "0.1",
+                     model="faim_test_vit")
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_average_of_the_weights_is_what_is_evaluated_and_saved(images, tmp_path):
+    plain = train_tiny(images, tmp_path / "a", "--epochs", "1")
+    run = train_tiny(images, tmp_path / "b", "--epochs", "1", "--model-ema", "--model-ema-decay", "0.5")
+    assert not torch.equal(load_file(run / "last.safetensors")["fc.mu"], load_file(plain / "last.safetensors")["fc.mu"])
+    _, metrics = evaluate_run(run, images)
+    assert metrics["loss"] == pytest.approx(float(read_summary(run)[0]["eval_loss"]), rel=1e-5)
+
+
+def test_bad_loss_in_a_later_epoch_keeps_the_checkpoint(images, tmp_path, monkeypatch):
+    built = factories.build_criterion
+    calls = []
+
+    def build_criterion(args, model):
+        criterion = built(args, model)
+
+        def loss(output, target):
+            calls.append(None)
+            return criterion(output, target) * (float("nan") if len(calls) == 5 else 1)  # 3 steps an epoch
+
+        return loss
+
+    monkeypatch.setattr(factories, "build_criterion", build_criterion)
+    with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2.*earlier epochs are kept"):
+        train_tiny(images, tmp_path)
+    run = tmp_path / "run"
+    assert len(read_summary(run)) == 1 and load_file(run / "nan_batch.safetensors")["input"].shape == (4, 3, 32, 32)
+    assert all(v.isfinite().all() for v in load_file(run / "last.safetensors").values())
+
+
+def test_weights_that_break_in_the_last_step_are_not_saved(images, tmp_path, monkeypatch):
+    def bad_evaluation(*_):
+        return {"loss": float("nan"), "top1": 0.0, "top5": 0.0, "samples": 7}
+
+    monkeypatch.setattr(train_faim, "evaluate", bad_evaluation)
+    with pytest.raises(UserError, match="validation loss is nan after epoch 1"):
+        train_tiny(images, tmp_path)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_ctrl_c_says_what_is_kept(images, tmp_path, monkeypatch, capsys):
+    one_epoch = train_faim.train_one_epoch
+
+    def interrupted(epoch, *rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return one_epoch(epoch, *rest)
+
+    monkeypatch.setattr(train_faim, "train_one_epoch", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny(images, tmp_path)
+    assert stopped.value.code == 130
+    assert f"stopped by Ctrl-C in epoch 2; 1 finished epochs are kept in {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_run_says_so_once(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    run = train_tiny(images, tmp_path)
+    assert capsys.readouterr().out.count("matplotlib is not installed") == 1
+    assert len(read_summary(run)) == 2 and not (run / "learning_curve.png").exists()
+
+
+def test_last_line_says_how_to_load_the_result(images, tmp_path, capsys):
+    run = train_tiny(images, tmp_path, "--epochs", "1")
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run}', pretrained=True)"
+    scope: dict = {}
+    exec(last.removeprefix("load it: "), scope)
+    assert scope["model"].num_classes == 3
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--model", "faim_resnet10x"], r"unknown model 'faim_resnet10x'\. Did you mean faim_resnet10t"),
+    (["--model", "resnet10x"], r"unknown model 'resnet10x'\. Did you mean resnet10t"),
+    (["--faim-cfg", "margn=0.2"], r"cannot create faim_test_resnet: unknown faim_cfg key 'margn'.*margin"),
+    (["--faim-cfg", "lambda_init=-0.1"], r"lambda_init.*-0\.1"),
+    (["--faim-cfg", "scale_init=0"], r"scale_init.*0"),
+    (["--opt", "adamww"], r"unknown --opt adamww\. Did you mean.* adamw"),
+    (["--mean", "0.5", "0.5"], r"--mean and --std need one number, or one per channel \(3\)"),
+    (["--model-kwargs", "no_such=1"], r"cannot create faim_test_resnet.*no_such"),
+    (["--initial-checkpoint", "no/such.safetensors"], r"--initial-checkpoint no/such\.safetensors is no file"),
+])
+def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(train_faim, "train_one_epoch", lambda *_: pytest.fail("training has begun"))
+    with pytest.raises(UserError, match=message):
+        train_tiny(images, tmp_path, *argv)
+
+
+def command(*argv, launcher=(sys.executable,), **env):
+    return subprocess.run([*launcher, str(ROOT / "train_faim.py"), *map(str, argv)], capture_output=True, text=True,
+                          timeout=150, env={**os.environ, **env})
+
+
+def two_processes(*argv):
+    # `accelerate launch --cpu --num_processes 2` runs one process without a word; this starts two.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes",
+                "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+                str(port)]
+    return command(*argv, launcher=launcher, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+
+
+def test_errors_are_one_line_and_exit_status_1(tmp_path):
+    result = command("--data-dir", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert re.fullmatch(r"train_faim: error: --data-dir .*nowhere does not exist.*\n", result.stderr)
+
+
+def test_two_processes_count_each_image_once_and_agree_with_one(images, tmp_path):
+    result = two_processes("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model",
+                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1", "--damp-epochs", "1",
+                           "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.5", "-b", "2")
+    assert result.returncode == 0, result.stderr
+    assert "; 2 x cpu;" in result.stdout
+    assert result.stdout.count("load it:") == 1
+    rows = read_summary(tmp_path / "run")
+    assert [row["eval_samples"] for row in rows] == ["7", "7"]
+
+    _, alone = evaluate_run(tmp_path / "run", images)
+    best = max(rows, key=lambda row: float(row["eval_top1"]))
+    assert alone["samples"] == 7
+    assert alone["top1"] == pytest.approx(float(best["eval_top1"]))
+    assert alone["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
+
+
+def test_two_processes_report_a_shared_error_once(tmp_path):
+    result = two_processes("--data-dir", tmp_path / "nowhere")
+    assert result.returncode != 0
+    assert result.stderr.count("train_faim: error:") == 1
+
+
+def test_two_processes_stop_when_one_meets_an_unreadable_image(tmp_path):
+    images = make_images(tmp_path / "images")
+    (images / "val" / "dog" / "1.png").write_bytes(b"no image")  # the last of 7: only the first process reads it
+    result = two_processes("--data-dir", images, "--output", tmp_path, "--model", "faim_test_resnet", *TINY, "-b", "2")
+    assert result.returncode != 0
+    assert re.search(r"train_faim: error \(process 0\): cannot read image .*dog/1\.png", result.stderr)
+
+
