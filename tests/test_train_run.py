@@ -185,6 +185,14 @@ def test_last_line_says_how_to_load_the_result(images, tmp_path, capsys):
     assert scope["model"].num_classes == 3
 
 
+def test_skipped_images_are_reported_after_each_epoch(tmp_path, capsys):
+    images = make_images(tmp_path / "images")
+    (images / "val" / "dog" / "1.png").write_bytes(b"no image")
+    run = train_tiny(images, tmp_path, "--skip-unreadable")
+    assert [row["eval_samples"] for row in read_summary(run)] == ["6", "6"]
+    assert capsys.readouterr().out.count("1 unreadable images left out so far") == 2
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--model", "faim_resnet10x"], r"unknown model 'faim_resnet10x'\. Did you mean faim_resnet10t"),
     (["--model", "resnet10x"], r"unknown model 'resnet10x'\. Did you mean resnet10t"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_loader
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -66,7 +66,7 @@ class CheckedImages(Dataset):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's ways to say it
             if not self.skip:
                 name = self.images.filename(index, absolute=True)
-                reason = " ".join(str(e).split())
+                reason = "not an image" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())
                 raise RankError(f"cannot read image {name} ({reason}). Repair or remove the file, or go on without "
                                 "such images with --skip-unreadable") from e
             self.unreadable[index] = True
