@@ -1,14 +1,16 @@
 """What the training tests share: a tiny image folder and runs of train_faim.py inside the test process."""
 import csv
+import sys
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train_faim.py is a script beside the package
 import train_faim
 
-# A tiny model on 32-pixel images; 10 training images in batches of 4 make 2 steps an epoch (the rest is dropped).
+# A tiny model on 32-pixel images; the 12 training images of `make_images` in batches of 4 make 3 steps an epoch.
 TINY = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--opt", "adamw", "--lr", "0.003",
         "--warmup-epochs", "0", "--no-aug", "--log-interval", "1"]
 
