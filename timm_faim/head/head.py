@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_faim.metric import FAIMMetric
+from timm_faim.metric import FAIMMetric, absolute
 
 _INITS = ("scaled", "seed")
 _SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
@@ -36,13 +36,13 @@ class FAIMHead(nn.Module):
         lambda_init: initial weight λ >= 0 of the 1-form; 0 starts without it.
         scale_init: initial γ > 0 (inverse softmax temperature).
         full_sigma: full Σ by its Cholesky factor instead of a diagonal one: D² parameters.
-        symmetric: \\|β'v\\| as in the founding form; False gives a directed Randers metric, positive by construction.
-        init: ``'scaled'`` makes E d_F about 1 whatever D, for features of unit variance per coordinate (or for any
-            features with ``normalize``); ``'seed'`` is the founding N(0, I) for μ and β with Σ = I, of logits near
-            -γ sqrt(2 D). Prototypes from data: :func:`timm_faim.fit_heads` or :meth:`fit_`.
+        symmetric: |β'v| as in the founding form; False gives a directed Randers metric, positive by construction.
+        init: ``'scaled'`` makes E d_F = 1 whatever D, for features of unit variance per coordinate (with
+            ``normalize``, for any features) by the scale of Σ; ``'seed'`` is the founding N(0, I) for μ and β with
+            Σ = I, of logits near -γ sqrt(2 D). Start from data: :func:`timm_faim.fit_heads`, :func:`timm_faim.fit_`.
         normalize: L2-normalise features and prototypes first (a metric on the sphere).
         learn_scale: False keeps γ fixed.
-        damping: κ in [0, 1], how far the 1-form is bounded (2 tanh(h/2) for h = \\|β'v\\|) until
+        damping: κ in [0, 1], how far the 1-form is bounded (2 tanh(h/2) for h = |β'v|) until
             :func:`timm_faim.set_damping` anneals it; for a large β early in training.
         prior: add a learned per-class log prior [C], zero at first.
         margin: m >= 0, added to the target's distance in training. Reaches the loss through
@@ -110,14 +110,16 @@ class FAIMHead(nn.Module):
             self.metric.reset_parameters(beta_std=1.0)
             return
         # Σ = σ I and β ~ N(0, σ/D): d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
-        nn.init.normal_(self.mu, std=1.0 / math.sqrt(D))
-        squared = 2.0 if self.normalize else D + 1.0  # E|x - μ|²
+        # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On the
+        # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
+        nn.init.normal_(self.mu, std=1.0 / math.sqrt(D) if self.normalize else 1.0)
+        squared = 2.0 if self.normalize else 2.0 * D  # E|x - μ|²
         one_form = 1.0 + lmbda * math.sqrt(2.0 / (math.pi * D))
         self.metric.reset_parameters(sigma=1.0 / (squared * one_form**2))
 
     def gamma(self) -> Tensor:
-        """The effective γ = \\|scale\\| [1]."""
-        return self.scale.abs()
+        """The effective γ = |scale| [1]."""
+        return absolute(self.scale)
 
     def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
         """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
@@ -129,7 +131,7 @@ class FAIMHead(nn.Module):
         convolutional = x.dim() == 4 and x.shape[-1] != self.in_features and x.shape[1] == self.in_features
         if convolutional:
             x = x.permute(0, 2, 3, 1)
-        logits = self.metric.scaled_distance(self.embed(x), self._prototypes(), -self.gamma())
+        logits = self.metric.scaled_distance(self.embed(x), self.mu, -self.gamma(), self.normalize)
         if self.prior is not None:
             logits = logits + self.prior
         if target is not None and self.training and self.margin > 0:
@@ -138,11 +140,11 @@ class FAIMHead(nn.Module):
         return logits.permute(0, 3, 1, 2) if convolutional else logits
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features as the metric sees them: x, or x / \\|x\\| in at least float32."""
-        return _l2_normalize(x) if self.normalize else x
-
-    def _prototypes(self) -> Tensor:
-        return _l2_normalize(self.mu) if self.normalize else self.mu
+        """Features as the metric sees them: x, or x / |x| in at least float32."""
+        if not self.normalize:
+            return x
+        # eps bounds the gradient at an all-zero feature
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in _SEED_KEYS:
@@ -158,11 +160,6 @@ class FAIMHead(nn.Module):
             f"{self.in_features}, {self.num_classes}, normalize={self.normalize}, margin={self.margin:g}, "
             f"prior={self.prior is not None}"
         )
-
-
-def _l2_normalize(x: Tensor) -> Tensor:
-    # eps bounds the gradient at an all-zero feature
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
 
 
 def set_damping(model: nn.Module, value: float) -> None:

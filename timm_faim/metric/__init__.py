@@ -1,5 +1,5 @@
 """The FAIM metric: a Finsler (Minkowski) norm with parameters, and distances under it."""
 
-from .module import FAIMMetric, faim_distance
+from .module import FAIMMetric, absolute, faim_distance
 
-__all__ = ["FAIMMetric", "faim_distance"]
+__all__ = ["FAIMMetric", "absolute", "faim_distance"]

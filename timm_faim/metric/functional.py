@@ -82,20 +82,36 @@ def gemm_distance(
     eps: float,
     symmetric: bool,
     damping: Optional[Tensor],
+    unit: bool = False,
 ) -> Tensor:
     """d_F(x, y) [B, C] from one GEMM, two rank-1 vectors and a pointwise epilogue; nothing of size B·C·D.
 
         q = x'Σx + y'Σy - 2 (Σx)'y,   b = β'x - β'y
 
     Both sides are first moved by the mean of y: distances do not change, the cancellation in q shrinks to the
-    spread of the points. The shift carries no gradient because its exact gradient is zero.
+    spread of the points. The shift carries no gradient because its exact gradient is zero. With ``unit`` the distance
+    is to y / |y| (x is expected on the sphere as well): there is nothing to centre, and 1 / |y| is applied to the
+    columns of the products, so that no normalised copy of y is made.
     """
-    shift = y_CD.detach().mean(0)
-    x_BD = x_BD - shift
-    y_CD = y_CD - shift
+    scale_C: Optional[Tensor] = None
+    if unit:
+        scale_C = inverse_norms(y_CD)
+    else:
+        shift_D = y_CD.detach().mean(0)
+        x_BD = x_BD - shift_D
+        y_CD = y_CD - shift_D
     sx_BD = sigma_product(x_BD, sigma_D, tril_DD, eps)
     xx_B = (x_BD * sx_BD).sum(-1)
     yy_C = squared_norm(y_CD, sigma_D, tril_DD, eps)
-    q_BC = torch.addmm(yy_C, sx_BD, y_CD.t(), alpha=-2.0) + xx_B[:, None]
-    b_BC = torch.mv(x_BD, beta_D)[:, None] - torch.mv(y_CD, beta_D)
+    xy_BC = sx_BD @ y_CD.t()
+    by_C = torch.mv(y_CD, beta_D)
+    if scale_C is not None:
+        xy_BC, yy_C, by_C = xy_BC * scale_C, yy_C * scale_C * scale_C, by_C * scale_C
+    q_BC = xx_B[:, None] + yy_C - 2.0 * xy_BC
+    b_BC = torch.mv(x_BD, beta_D)[:, None] - by_C
     return torch.sqrt(q_BC.clamp_min(0.0) + eps) + lmbda * one_form_term(b_BC, symmetric, eps, damping)
+
+
+def inverse_norms(y_CD: Tensor) -> Tensor:
+    """1 / max(|y|, 1e-6) [C] of each row: the bound keeps the gradient at a zero row finite."""
+    return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-12))

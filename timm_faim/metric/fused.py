@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .functional import gemm_distance
+from .functional import gemm_distance, inverse_norms
 from .triangular import tri_matmul, tri_matmul_t, tri_outer
 
 
@@ -23,9 +23,8 @@ class FusedDistance(torch.autograd.Function):
     """s · d_F(x, y) [B, C]; arguments as :func:`timm_faim.metric.functional.gemm_distance`, and the scale s [1]."""
 
     @staticmethod
-    def forward(ctx, x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, eps, symmetric, damping):
-        shift_D = y_CD.mean(0)
-        xc_BD, yc_CD = x_BD - shift_D, y_CD - shift_D
+    def forward(ctx, x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, eps, symmetric, damping, unit):
+        xc_BD, yc_CD, _ = _place(x_BD, y_CD, unit)
         tri_y_CD = None
         if tril_DD is None:
             sx_BD = xc_BD * sigma_D
@@ -40,7 +39,7 @@ class FusedDistance(torch.autograd.Function):
         term_BC, _ = _one_form(xc_BD, yc_CD, beta_D, eps, symmetric, damping, slope=False)
         out_BC = term_BC.mul_(lmbda).add_(root_BC).mul_(scale)
         ctx.save_for_backward(x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, damping, root_BC, tri_y_CD)
-        ctx.eps, ctx.symmetric = eps, symmetric
+        ctx.eps, ctx.symmetric, ctx.unit = eps, symmetric, unit
         return out_BC
 
     @staticmethod
@@ -49,8 +48,7 @@ class FusedDistance(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return _plain_gradient(ctx, G_BC)
         eps = ctx.eps
-        shift_D = y_CD.mean(0)
-        xc_BD, yc_CD = x_BD - shift_D, y_CD - shift_D
+        xc_BD, yc_CD, scale_C1 = _place(x_BD, y_CD, ctx.unit)
 
         term_BC, slope_BC = _one_form(xc_BD, yc_CD, beta_D, eps, ctx.symmetric, damping, slope=True)
         g_root, g_term = torch.sum(G_BC * root_BC), torch.sum(term_BC.mul_(G_BC))
@@ -67,7 +65,7 @@ class FusedDistance(torch.autograd.Function):
         dsigma_D = dtril_DD = None
         if tril_DD is None:
             u_CD = torch.mm(g_BC.t(), xc_BD).neg_().addcmul_(yc_CD, c_C1)
-            dsigma_D = (xc_BD * v_BD).sum(0) + yc_CD.mul_(u_CD).sum(0)
+            dsigma_D = (xc_BD * v_BD).sum(0) + (yc_CD * u_CD).sum(0)
             dx_BD, dy_CD = v_BD.mul_(2.0 * sigma_D), u_CD.mul_(2.0 * sigma_D)
         else:
             tri_x_BD = tri_matmul(xc_BD, tril_DD)
@@ -82,7 +80,19 @@ class FusedDistance(torch.autograd.Function):
             dy_CD = dy_CD.addmm_(g_BC.t(), sx_BD, alpha=-1.0).mul_(2.0)
         dx_BD = dx_BD.addr_(ex_B, beta_D)
         dy_CD = dy_CD.addr_(ey_C, beta_D, alpha=-1.0)
-        return dx_BD, dy_CD, dsigma_D, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None
+        if scale_C1 is not None:  # y / |y| only moves within the sphere
+            radial_C1 = (yc_CD * dy_CD).sum(1, keepdim=True)
+            dy_CD = dy_CD.sub_(yc_CD.mul_(radial_C1)).mul_(scale_C1)
+        return dx_BD, dy_CD, dsigma_D, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None, None
+
+
+def _place(x_BD: Tensor, y_CD: Tensor, unit: bool) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Centred x and y, or with ``unit`` x as it is and y / |y| with the factors 1 / |y| [C, 1]."""
+    if unit:
+        scale_C1 = inverse_norms(y_CD).unsqueeze(1)
+        return x_BD, y_CD * scale_C1, scale_C1
+    shift_D = y_CD.mean(0)
+    return x_BD - shift_D, y_CD - shift_D, None
 
 
 def _one_form(
@@ -110,9 +120,9 @@ def _plain_gradient(ctx, G_BC: Tensor) -> tuple:
     x, y, sigma, tril, beta, lmbda, scale = saved
     damping = ctx.saved_tensors[7]
     wanted = [i for i in range(7) if ctx.needs_input_grad[i]]
-    out = scale * gemm_distance(x, y, sigma, tril, beta, lmbda, ctx.eps, ctx.symmetric, damping)
+    out = scale * gemm_distance(x, y, sigma, tril, beta, lmbda, ctx.eps, ctx.symmetric, damping, ctx.unit)
     grads = torch.autograd.grad(out, [saved[i] for i in wanted], G_BC, create_graph=True)
-    full: list[Optional[Tensor]] = [None] * 10
+    full: list[Optional[Tensor]] = [None] * 11
     for i, grad in zip(wanted, grads, strict=True):
         full[i] = grad
     return tuple(full)

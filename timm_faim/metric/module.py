@@ -23,19 +23,19 @@ class FAIMMetric(nn.Module):
         F(v) = sqrt(v'Σv + ε) + λ sqrt((β'v)² + ε)     symmetric=True
         F(v) = sqrt(v'Σv + ε) + λ β̃'v                  symmetric=False (Randers)
 
-    Σ = diag(exp(log_sigma_diag)) + ε I, or tril(L) tril(L)' + ε I with ``full_sigma``. λ is used as \\|lmbda\\|, so
+    Σ = diag(exp(log_sigma_diag)) + ε I, or tril(L) tril(L)' + ε I with ``full_sigma``. λ is used as |lmbda|, so
     that no optimizer step can make it negative in effect. A Randers metric is positive for every parameter value:
     β̃ = 0.999 β / sqrt(1 + r²) with r² = λ² β'Σ⁻¹β, hence λ² β̃'Σ⁻¹β̃ < 1 (Shen 2001, section 1.2).
 
     Args:
         in_features: D.
         full_sigma: learn a full Σ (Cholesky factor L [D, D]) instead of its diagonal.
-        symmetric: use \\|β'v\\|, which makes d_F(x, y) = d_F(y, x); False gives the directed Randers metric.
+        symmetric: use |β'v|, which makes d_F(x, y) = d_F(y, x); False gives the directed Randers metric.
         lambda_init: initial λ >= 0.
         eps: ε, smoothing of both roots and ridge of Σ.
 
     Parameters: ``beta`` [D], ``lmbda`` [1], and ``log_sigma_diag`` [D] or ``L`` [D, D]. Σ starts at the identity, β
-    at N(0, 1/D), so that \\|β'v\\| is about \\|v\\| / sqrt(D).
+    at N(0, 1/D), so that |β'v| is about |v| / sqrt(D).
 
     Raises:
         ValueError: in_features < 1, a negative or non-finite lambda_init, eps < 0.
@@ -92,7 +92,7 @@ class FAIMMetric(nn.Module):
 
     @torch.jit.ignore
     def set_damping(self, value: float) -> None:
-        """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed \\|β'v\\| by 2."""
+        """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed |β'v| by 2."""
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"damping must lie in [0, 1], got {value}")
         self.damped = value > 0
@@ -106,8 +106,11 @@ class FAIMMetric(nn.Module):
         """
         return self.scaled_distance(x, y, None)
 
-    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
-        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode."""
+    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor], unit: bool = False) -> Tensor:
+        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode.
+
+        With ``unit`` the points y are taken as y / |y|, and x must lie on the unit sphere already.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected features [..., {self.in_features}], got shape {list(x.shape)}")
         if y.dim() != 2 or y.shape[-1] != self.in_features:
@@ -116,8 +119,8 @@ class FAIMMetric(nn.Module):
             device_type = x.device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 with torch.autocast(device_type, enabled=False):
-                    return self._scaled_distance(x, y, scale)
-        return self._scaled_distance(x, y, scale)
+                    return self._scaled_distance(x, y, scale, unit)
+        return self._scaled_distance(x, y, scale, unit)
 
     def norm(self, v: Tensor) -> Tensor:
         """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
@@ -145,7 +148,7 @@ class FAIMMetric(nn.Module):
             return tril @ tril.t() + self.eps * torch.eye(self.in_features, device=tril.device, dtype=tril.dtype)
         return torch.diag(self.log_sigma_diag.exp() + self.eps)
 
-    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
+    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor], unit: bool) -> Tensor:
         out_dtype, dtype = _dtypes(x, y)
         sigma, tril, beta, lmbda = self._tensors(dtype)
         damping = self._damping(dtype)
@@ -153,9 +156,9 @@ class FAIMMetric(nn.Module):
         y = y.to(dtype)
         scale = torch.ones_like(lmbda) if scale is None else scale.to(dtype)
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
-            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping)
+            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping, unit)
         else:
-            d = FusedDistance.apply(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping)
+            d = FusedDistance.apply(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping, unit)
         return d.to(out_dtype).reshape(x.shape[:-1] + y.shape[:1])
 
     def _tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
@@ -167,7 +170,7 @@ class FAIMMetric(nn.Module):
         if self.log_sigma_diag is not None:
             sigma = self.log_sigma_diag.to(dtype).exp() + self.eps
         beta = self.beta.to(dtype)
-        lmbda = self.lmbda.to(dtype).abs()
+        lmbda = absolute(self.lmbda.to(dtype))
         if not self.symmetric:
             beta = beta * self._randers_factor(sigma, tril, beta, lmbda)
         return sigma, tril, beta, lmbda
@@ -195,6 +198,11 @@ class FAIMMetric(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, full_sigma={self.full_sigma}, symmetric={self.symmetric}, eps={self.eps:g}"
+
+
+def absolute(scalar: Tensor) -> Tensor:
+    """|scalar| with derivative 1 at 0, so that a λ that starts at 0 can leave it (torch.abs has derivative 0)."""
+    return torch.where(scalar >= 0, scalar, -scalar)
 
 
 def _dtypes(x: Tensor, y: Tensor) -> tuple[torch.dtype, torch.dtype]:

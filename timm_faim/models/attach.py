@@ -97,7 +97,8 @@ def _classifier_names(model: nn.Module) -> list[str]:
     names = [named] if isinstance(named, str) else list(named)
     modules = dict(model.named_modules())
     by_id = {id(module): name for name, module in modules.items()}
-    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else None
+    # without classes some get_classifier() look inside an Identity
+    classifiers = model.get_classifier() if model.num_classes > 0 else None
     if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
         classifiers = [classifiers]
     for classifier in classifiers:

@@ -1,0 +1,257 @@
+"""FAIMHead: the founding contract, its options, and every way PyTorch carries a module around."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from cases import FORMS, SIGMAS
+from seeds import FoundingHead
+from torch import nn
+from torch.nn import functional as F
+
+from timm_faim import FAIMHead, TargetMargin, faim_heads, set_damping
+
+B, C, D = 6, 5, 16
+
+
+def head_away_from_init(**options):
+    head = FAIMHead(D, C, **options)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head
+
+
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("wide", [8, 96])
+def test_founding_state_dict_loads_strictly_and_gives_its_logits(full, wide):
+    founding = FoundingHead(wide, 11, full_sigma=full).double()
+    with torch.no_grad():
+        for name in ("L", "log_sigma_diag"):
+            if hasattr(founding, name):
+                getattr(founding, name).add_(0.1 * torch.randn_like(getattr(founding, name)))
+    head = FAIMHead(wide, 11, full_sigma=full, dtype=torch.float64)
+    head.load_state_dict(founding.state_dict(), strict=True)
+    x = torch.randn(7, wide, dtype=torch.float64)
+    expected = founding(x)
+    assert ((head(x) - expected).abs() / expected.abs()).max() <= 1e-9
+
+
+def test_founding_initialisation():
+    torch.manual_seed(3)
+    head = FAIMHead(768, 300, init="seed")
+    assert head.mu.std().item() == pytest.approx(1, abs=0.02)
+    assert head.metric.beta.std().item() == pytest.approx(1, abs=0.1)
+    assert head.metric.log_sigma_diag.abs().max() == 0
+    assert head.scale.item() == 10 and head.metric.lmbda.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("width", [16, 256, 2048])
+def test_scaled_initialisation_starts_at_distance_one(width, full, normalize):
+    head = FAIMHead(width, 100, full_sigma=full, normalize=normalize)
+    x = torch.randn(64, width) * (37.0 if normalize else 1.0)
+    distance = -head(x).mean().item() / 10
+    assert distance == pytest.approx(1, abs=0.8 / width + 0.03)  # E sqrt(q) < sqrt(E q) at small D
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_logits_are_minus_gamma_distance_plus_prior(normalize):
+    head = head_away_from_init(normalize=normalize, prior=True, full_sigma=True)
+    x = torch.randn(B, D)
+    mu = F.normalize(head.mu, dim=-1) if normalize else head.mu
+    v = F.normalize(x, dim=-1) if normalize else x
+    expected = -head.scale * head.metric.reference(v, mu) + head.prior
+    assert torch.allclose(head(x), expected, atol=1e-4)
+
+
+def test_gamma_cannot_act_negatively():
+    head = head_away_from_init()
+    x = torch.randn(B, D)
+    expected = head(x)
+    with torch.no_grad():
+        head.scale.neg_()
+    assert torch.equal(head(x), expected)
+    assert (head(x) < 0).all()
+
+
+def test_input_layouts():
+    head = head_away_from_init()
+    x = torch.randn(B, D)
+    flat = head(x)
+    assert flat.shape == (B, C)
+    assert torch.allclose(head(x.reshape(2, 3, D)).reshape(B, C), flat, atol=1e-5)
+    assert torch.allclose(head(x[:, :, None, None]), flat[:, :, None, None], atol=1e-5)
+    image = torch.randn(B, D, 3, 2)
+    assert torch.allclose(head(image)[:, :, 2, 1], head(image[:, :, 2, 1]), atol=1e-5)
+    with pytest.raises(ValueError, match=rf"{D}\].*7"):
+        head(torch.randn(B, 7))
+
+
+OPTIONS = [dict(normalize=True, prior=True, margin=0.2), dict(damping=0.5)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("full", "symmetric"), FORMS)
+@pytest.mark.parametrize("options", OPTIONS, ids=["normalize", "damped"])
+def test_script_export_deepcopy_and_state_dict(full, symmetric, options):
+    head = head_away_from_init(full_sigma=full, symmetric=symmetric, **options)
+    x = torch.randn(B, D)
+    expected = head(x)
+    assert torch.allclose(torch.jit.script(head)(x), expected, atol=1e-5)
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(head, (x,), dynamic_shapes=dynamic).module()
+    assert torch.allclose(exported(x), expected, atol=1e-5)
+    assert exported(x[:3]).shape == (3, C)
+    assert torch.equal(copy.deepcopy(head)(x), expected)
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = FAIMHead(D, C, full_sigma=full, symmetric=symmetric, **options)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(fresh(x), expected)
+
+
+@pytest.mark.parametrize(("full", "symmetric"), FORMS)
+def test_compile_fullgraph_forward_and_backward(full, symmetric):
+    head = head_away_from_init(full_sigma=full, symmetric=symmetric, normalize=True)
+    compiled = torch.compile(copy.deepcopy(head), fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, D)
+    target = torch.randint(C, (B,))
+    for h in (head, compiled):
+        F.cross_entropy(h(x), target).backward()
+    assert torch.allclose(compiled(x), head(x), atol=1e-5)
+    for (name, want), got in zip(head.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, atol=1e-5), name
+
+
+def test_damping_changes_do_not_recompile():
+    head = head_away_from_init(damping=1.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    x = torch.randn(B, D)
+    outputs = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for value in (1.0, 0.7, 0.4, 0.1):
+            set_damping(head, value)
+            outputs.append(compiled(x))
+            assert torch.allclose(outputs[-1], head(x), atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[-1], atol=1e-3)
+
+
+def test_damping_bounds_a_large_one_form():
+    head = FAIMHead(D, C, lambda_init=1.0)
+    with torch.no_grad():
+        head.metric.beta.fill_(1e3)
+    x = torch.randn(B, D)
+    free = head(x)
+    set_damping(head, 1.0)
+    riemann = copy.deepcopy(head)
+    nn.init.zeros_(riemann.metric.lmbda)
+    assert ((riemann(x) - head(x)) <= 2 * head.gamma() + 1e-3).all()
+    assert (free < head(x)).all()
+
+
+def test_half_precision_models_and_autocast():
+    head = head_away_from_init(normalize=True)
+    x = torch.randn(B, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = head(x.bfloat16())
+    assert out.dtype is torch.float32
+    assert torch.allclose(out, head(x.bfloat16().float()), atol=1e-5)
+    assert head.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_meta_device_and_dtype():
+    head = FAIMHead(D, C, full_sigma=True, prior=True, device="meta", dtype=torch.float16)
+    assert all(p.is_meta and p.dtype is torch.float16 for p in head.parameters())
+    assert head(torch.empty(B, D, device="meta", dtype=torch.float16)).shape == (B, C)
+
+
+def test_fixed_scale_and_zero_lambda():
+    head = FAIMHead(D, C, learn_scale=False, lambda_init=0.0)
+    F.cross_entropy(head(torch.randn(B, D)), torch.randint(C, (B,))).backward()
+    assert head.scale.grad is None and not head.scale.requires_grad
+    assert head.metric.lmbda.grad.abs().item() > 0  # λ can leave 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_classes=-1), "num_classes.*-1"),
+        (dict(num_classes=0), "num_classes.*0"),
+        (dict(lambda_init=-0.5), "lambda_init.*-0.5"),
+        (dict(lambda_init=math.nan), "lambda_init.*nan"),
+        (dict(scale_init=0.0), "scale_init.*0.0"),
+        (dict(scale_init=-3.0), "scale_init.*-3.0"),
+        (dict(margin=-0.1), "margin.*-0.1"),
+        (dict(init="data"), "init.*fit_heads"),
+        (dict(damping=2.0), "damping.*2.0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FAIMHead(**{"in_features": D, "num_classes": C, **arguments})
+
+
+class TwoHeads(nn.Module):
+    """Two heads averaged in eval mode and returned as a pair in distilled training, as in DeiT."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.a, self.b = FAIMHead(D, C, **options), FAIMHead(D, C, scale_init=4.0, **options)
+        self.distilled = False
+
+    def forward(self, x, target=None):
+        a, b = self.a(x, target), self.b(x, target)
+        return (a, b) if self.distilled else (a + b) / 2
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_margin_at_the_criterion_equals_margin_in_the_head(soft):
+    model = TwoHeads(margin=0.3)
+    x, hard = torch.randn(B, D), torch.randint(C, (B,))
+    target = F.one_hot(hard, C).float().mul(0.9).add(0.1 / C) if soft else hard
+    criterion = TargetMargin(nn.CrossEntropyLoss(), model)
+    inside = nn.CrossEntropyLoss()(model(x, target), target)
+    at_criterion = criterion(model(x), target)
+    assert torch.allclose(inside, at_criterion, atol=1e-5)
+    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in (inside, at_criterion))
+    assert all(torch.allclose(w, g, atol=1e-5) for w, g in zip(wanted, got, strict=True))
+
+
+def test_margin_widens_the_target_distance_only_in_training():
+    model = TwoHeads(margin=0.3)
+    model.distilled = True
+    x, target = torch.randn(B, D), torch.randint(C, (B,))
+    seen = []
+    criterion = TargetMargin(lambda output, _: seen.append(output), model)
+    criterion(model(x), target)
+    plain = model(x)
+    for got, want, gamma in zip(seen[0], plain, (10.0, 4.0), strict=True):
+        expected = want - gamma * 0.3 * F.one_hot(target, C)
+        assert torch.allclose(got, expected, atol=1e-5)
+    model.eval()
+    criterion(model(x), target)
+    assert torch.equal(seen[1][0], plain[0])
+    assert torch.equal(model.a(x, target), model.a(x))
+
+
+def test_margin_in_timms_training_task():
+    timm_task = pytest.importorskip("timm.task")
+    model = nn.Sequential(FAIMHead(D, C, margin=0.5))
+    x, target = torch.randn(B, D), torch.randint(C, (B,))
+    criterion = TargetMargin(nn.CrossEntropyLoss(), model)
+    task = timm_task.ClassificationTask(model, criterion=criterion, verbose=False)
+    loss = task(x, target)["loss"]
+    assert torch.allclose(loss, nn.functional.cross_entropy(model[0](x, target), target), atol=1e-5)
+    assert loss > nn.functional.cross_entropy(model(x), target)
+
+
+def test_faim_heads_finds_them_through_wrappers():
+    model = nn.Sequential(nn.Linear(3, D), FAIMHead(D, C))
+    assert list(faim_heads(model)) == ["1"]
+    assert faim_heads(nn.Linear(2, 2)) == {}
