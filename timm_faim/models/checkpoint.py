@@ -12,8 +12,6 @@ from timm_faim.head import faim_heads
 
 _logger = logging.getLogger(__name__)
 
-BEST_WEIGHTS = "model_best.safetensors"  # what a training run folder holds beside last.safetensors
-
 StateDict = dict[str, Tensor]
 
 
@@ -29,8 +27,7 @@ def read_faim_state_dict(
     if pretrained_cfg.get("state_dict"):
         state_dict = pretrained_cfg["state_dict"]
     elif pretrained_cfg.get("source") == "local-dir":
-        best = Path(file) / BEST_WEIGHTS
-        state_dict = load_state_dict(str(best)) if best.is_file() else load_state_dict_from_path(file)
+        state_dict = load_state_dict_from_path(file)
     elif pretrained_cfg.get("source") == "hf-hub":
         state_dict = load_state_dict_from_hf(pretrained_cfg["hf_hub_id"], cache_dir=cache_dir)
     elif file and str(file).endswith(".safetensors"):
