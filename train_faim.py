@@ -40,6 +40,7 @@ def train(argv: Sequence[str]) -> None:
         mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else None,
         dynamo_backend=args.torchcompile,
     )
+    factories.share_out_cores(args, accelerator)
     world, is_main = accelerator.num_processes, accelerator.is_main_process
     log = print if is_main else lambda *_, **__: None
     logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(name)s: %(message)s")

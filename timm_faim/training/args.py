@@ -145,6 +145,8 @@ def build_parser() -> Parser:
     add("--amp", action=_Flag, default=False, help="mixed precision (default: what `accelerate launch` says)")
     add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="low precision type of --amp")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile")
+    add("--cpu-threads", type=int, metavar="N",
+        help="threads per process on the CPU (default: the cores shared out; `accelerate launch` alone leaves one)")
     add("--seed", type=int, default=42, help="random seed; each process adds its rank for augmentation")
     add("--output", default="./output", metavar="DIR", help="folder of runs")
     add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")
@@ -236,7 +238,7 @@ def _recipe_words(parser: Parser, path: Path) -> list[str]:
 
 def _check(args: argparse.Namespace) -> None:
     at_least_one = ("num_classes", "batch_size", "validation_batch_size", "epochs", "grad_accum_steps", "log_interval",
-                    "in_chans", "img_size")
+                    "in_chans", "img_size", "cpu_threads")
     for key in at_least_one:
         value = getattr(args, key)
         if value is not None and value < 1:

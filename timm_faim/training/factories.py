@@ -1,10 +1,12 @@
 """Model, loss, mixing, optimiser and schedule, all made by timm's factories from the options."""
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from timm.data import Mixup, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.loss import create_classification_loss
@@ -17,6 +19,21 @@ from timm_faim.training.errors import UserError, did_you_mean
 
 # timm's rule: optimisers with per-parameter step sizes scale their rate with the root of the batch.
 ADAPTIVE = ("ada", "lamb")
+
+
+def share_out_cores(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """On the CPU, give each process its share of the cores.
+
+    `accelerate launch` sets one thread a process unless told otherwise; a number that a person chose stands.
+    """
+    if accelerator.device.type != "cpu":
+        return
+    chosen = args.cpu_threads
+    if chosen is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        chosen = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    if chosen is not None:
+        torch.set_num_threads(chosen)
 
 
 def check_model_name(name: str) -> None:
