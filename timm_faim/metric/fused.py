@@ -1,13 +1,16 @@
 """The GEMM form as one autograd node: what eager training runs.
 
-Plain autograd of :func:`gemm_distance` keeps about ten [B, C] tensors alive; this node keeps one and recomputes the
+Plain autograd of :func:`gemm_distance` keeps about ten [B, C] tensors alive; these nodes keep one and recompute the
 rest. TorchScript and torch.compile use the plain form instead (the compiler fuses it itself), and so does double
 backward: with ``create_graph=True`` the gradient is that of the plain form.
 
 Shapes: B points x, C prototypes y, D features. With v = x - y, q = v'Σv, and G the incoming gradient,
 
-    g = G s / (2 sqrt(q + ε)),  r = rows of g summed,  c = columns of g summed,  H = g y,
-    dx = 2 Σ (r∘x - H),  dy = 2 Σ (c∘y - g'x),  dΣ = x'(r∘x - H) + y'(c∘y - g'x).
+    g = G s / (2 sqrt(q + ε)),  r = rows of g summed,  c = columns of g summed,
+    dx = 2 Σ (r∘x - g y),  dy = 2 Σ (c∘y - g'x),  dΣ = x'(r∘x - g y) + y'(c∘y - g'x).
+
+Tensors made here are overwritten in place once they are no longer needed: an allocation of size C·D costs the CPU
+more than the arithmetic on it.
 """
 
 from typing import Optional
@@ -19,87 +22,149 @@ from .functional import gemm_distance, inverse_norms
 from .triangular import tri_matmul, tri_matmul_t, tri_outer
 
 
-class FusedDistance(torch.autograd.Function):
+def fused_distance(
+    x_BD: Tensor,
+    y_CD: Tensor,
+    sigma_D: Optional[Tensor],
+    tril_DD: Optional[Tensor],
+    beta_D: Tensor,
+    lmbda: Tensor,
+    scale: Tensor,
+    eps: float,
+    symmetric: bool,
+    damping: Optional[Tensor],
+    unit: bool,
+) -> Tensor:
     """s · d_F(x, y) [B, C]; arguments as :func:`timm_faim.metric.functional.gemm_distance`, and the scale s [1]."""
+    if tril_DD is None:
+        return FusedDiagonal.apply(x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, eps, symmetric, unit)
+    return FusedFull.apply(x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, eps, symmetric, unit)
+
+
+class FusedDiagonal(torch.autograd.Function):
+    """Diagonal Σ, in the whitened coordinates z = Σ^½ x, m = Σ^½ y, where q = |z - m|²."""
 
     @staticmethod
-    def forward(ctx, x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, eps, symmetric, damping, unit):
-        xc_BD, yc_CD, _ = _place(x_BD, y_CD, unit)
-        tri_y_CD = None
-        if tril_DD is None:
-            sx_BD = xc_BD * sigma_D
-            yy_C = torch.mv(yc_CD * yc_CD, sigma_D)
-        else:
-            tri_y_CD = tri_matmul(yc_CD, tril_DD)
-            sx_BD = tri_matmul_t(tri_matmul(xc_BD, tril_DD), tril_DD).add_(xc_BD, alpha=eps)
-            yy_C = tri_y_CD.square().sum(-1) + eps * yc_CD.square().sum(-1)
-        xx_B1 = (xc_BD * sx_BD).sum(-1, keepdim=True)
-        root_BC = torch.addmm(yy_C, sx_BD, yc_CD.t(), alpha=-2.0)
-        root_BC.add_(xx_B1).clamp_min_(0.0).add_(eps).sqrt_()
-        term_BC, _ = _one_form(xc_BD, yc_CD, beta_D, eps, symmetric, damping, slope=False)
-        out_BC = term_BC.mul_(lmbda).add_(root_BC).mul_(scale)
-        ctx.save_for_backward(x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, damping, root_BC, tri_y_CD)
-        ctx.eps, ctx.symmetric, ctx.unit = eps, symmetric, unit
-        return out_BC
+    def forward(ctx, x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, eps, symmetric, unit):
+        root_D = sigma_D.sqrt()
+        place = _placement(y_CD, unit)
+        z_BD, m_CD = (t.mul_(root_D) for t in _placed(x_BD, y_CD, place, unit))
+        bx_B, by_C = torch.mv(z_BD, beta_D / root_D), torch.mv(m_CD, beta_D / root_D)
+        zz_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True).square_()
+        mm_C = torch.linalg.vector_norm(m_CD, dim=1).square_()
+        q_BC = torch.addmm(mm_C, z_BD, m_CD.t(), alpha=-2.0).add_(zz_B1)
+        saved = (x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, place, bx_B, by_C)
+        return _finish(ctx, q_BC, saved, eps, symmetric, unit)
 
     @staticmethod
     def backward(ctx, G_BC):
-        x_BD, y_CD, sigma_D, tril_DD, beta_D, lmbda, scale, damping, root_BC, tri_y_CD = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            return _plain_gradient(ctx, G_BC)
-        eps = ctx.eps
-        xc_BD, yc_CD, scale_C1 = _place(x_BD, y_CD, ctx.unit)
-
-        term_BC, slope_BC = _one_form(xc_BD, yc_CD, beta_D, eps, ctx.symmetric, damping, slope=True)
-        g_root, g_term = torch.sum(G_BC * root_BC), torch.sum(term_BC.mul_(G_BC))
-        dscale = (g_root + lmbda * g_term).reshape(scale.shape)
-        dlmbda = (scale * g_term).reshape(lmbda.shape)
-        slope_BC = slope_BC.mul_(G_BC).mul_(scale * lmbda)
-        ex_B, ey_C = slope_BC.sum(1), slope_BC.sum(0)
-        dbeta_D = torch.mv(xc_BD.t(), ex_B) - torch.mv(yc_CD.t(), ey_C)
-        del term_BC, slope_BC
-
-        g_BC = (G_BC * (0.5 * scale)).div_(root_BC)
+        *inputs, place, bx_B, by_C, dist_BC = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _plain_gradient(ctx, inputs, G_BC)
+        x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping = inputs
+        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale, damping)
         r_B1, c_C1 = g_BC.sum(1, keepdim=True), g_BC.sum(0).unsqueeze(1)
-        v_BD = (xc_BD * r_B1).addmm_(g_BC, yc_CD, alpha=-1.0)
-        dsigma_D = dtril_DD = None
-        if tril_DD is None:
-            u_CD = torch.mm(g_BC.t(), xc_BD).neg_().addcmul_(yc_CD, c_C1)
-            dsigma_D = (xc_BD * v_BD).sum(0) + (yc_CD * u_CD).sum(0)
-            dx_BD, dy_CD = v_BD.mul_(2.0 * sigma_D), u_CD.mul_(2.0 * sigma_D)
-        else:
-            tri_x_BD = tri_matmul(xc_BD, tril_DD)
-            sx_BD = tri_matmul_t(tri_x_BD, tril_DD).add_(xc_BD, alpha=eps)
-            tri_v_BD = tri_matmul(v_BD, tril_DD)
-            cy_CD = tri_y_CD * c_C1
-            h_BD = xc_BD * r_B1 - v_BD
-            dtril_DD = tri_outer(torch.cat([xc_BD, -h_BD]), torch.cat([tri_v_BD, tri_x_BD]))
-            dtril_DD = dtril_DD.add_(tri_outer(yc_CD, cy_CD)).mul_(2.0)
-            dx_BD = tri_matmul_t(tri_v_BD, tril_DD).add_(v_BD, alpha=eps).mul_(2.0)
-            dy_CD = tri_matmul_t(cy_CD, tril_DD).addcmul_(yc_CD, c_C1, value=eps)
-            dy_CD = dy_CD.addmm_(g_BC.t(), sx_BD, alpha=-1.0).mul_(2.0)
-        dx_BD = dx_BD.addr_(ex_B, beta_D)
-        dy_CD = dy_CD.addr_(ey_C, beta_D, alpha=-1.0)
-        if scale_C1 is not None:  # y / |y| only moves within the sphere
+        root_D = sigma_D.sqrt()
+        z_BD, m_CD = (t.mul_(root_D) for t in _placed(x_BD, y_CD, place, ctx.unit))
+        dbeta_D = (torch.mv(z_BD.t(), ex_B) - torch.mv(m_CD.t(), ey_C)).div_(root_D)
+        dx_BD = (z_BD * r_B1).addmm_(g_BC, m_CD, alpha=-1.0)
+        dy_CD = torch.mm(g_BC.t(), z_BD).addcmul_(m_CD, c_C1, value=-1.0)  # -(c∘m - g'z)
+        along_CD = m_CD.mul_(dy_CD)
+        dsigma_D = (z_BD.mul_(dx_BD).sum(0) - along_CD.sum(0)).div_(sigma_D)
+        dx_BD.mul_(2.0 * root_D).addr_(ex_B, beta_D)
+        dy_CD.mul_(-2.0 * root_D).addr_(ey_C, beta_D, alpha=-1.0)
+        if ctx.unit:  # y / |y| moves within the sphere only
+            radial_C = -2.0 * along_CD.sum(1) - ey_C * by_C
+            dy_CD.addcmul_(y_CD, (place * radial_C).unsqueeze(1), value=-1.0).mul_(place.unsqueeze(1))
+        return dx_BD, dy_CD, dsigma_D, dbeta_D, dlmbda, dscale, None, None, None, None
+
+
+class FusedFull(torch.autograd.Function):
+    """Σ = T T' + ε I for lower-triangular T. The prototypes meet T three times, the fewest that give all gradients."""
+
+    @staticmethod
+    def forward(ctx, x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, eps, symmetric, unit):
+        place = _placement(y_CD, unit)
+        xc_BD, yc_CD = _placed(x_BD, y_CD, place, unit)
+        bx_B, by_C = torch.mv(xc_BD, beta_D), torch.mv(yc_CD, beta_D)
+        tri_y_CD = tri_matmul(yc_CD, tril_DD)
+        sx_BD = tri_matmul_t(tri_matmul(xc_BD, tril_DD), tril_DD).add_(xc_BD, alpha=eps)
+        xx_B1 = (xc_BD * sx_BD).sum(-1, keepdim=True)
+        yy_C = tri_y_CD.square().sum(-1) + eps * yc_CD.square().sum(-1)
+        q_BC = torch.addmm(yy_C, sx_BD, yc_CD.t(), alpha=-2.0).add_(xx_B1)
+        saved = (x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, place, bx_B, by_C, tri_y_CD)
+        return _finish(ctx, q_BC, saved, eps, symmetric, unit)
+
+    @staticmethod
+    def backward(ctx, G_BC):
+        *inputs, place, bx_B, by_C, tri_y_CD, dist_BC = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _plain_gradient(ctx, inputs, G_BC)
+        x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping = inputs
+        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale, damping)
+        r_B1, c_C1 = g_BC.sum(1, keepdim=True), g_BC.sum(0).unsqueeze(1)
+        xc_BD, yc_CD = _placed(x_BD, y_CD, place, ctx.unit)
+        dbeta_D = torch.mv(xc_BD.t(), ex_B) - torch.mv(yc_CD.t(), ey_C)
+        h_BD = g_BC @ yc_CD
+        v_BD = (xc_BD * r_B1).sub_(h_BD)
+        tri_x_BD, tri_v_BD = tri_matmul(xc_BD, tril_DD), tri_matmul(v_BD, tril_DD)
+        sx_BD = tri_matmul_t(tri_x_BD, tril_DD).add_(xc_BD, alpha=ctx.eps)
+        cy_CD = tri_y_CD * c_C1
+        # dΣ T with Σ's gradient split by side, so that only c∘y (not g'x) meets T at size C
+        dtril_DD = tri_outer(torch.cat([xc_BD, -h_BD]), torch.cat([tri_v_BD, tri_x_BD]))
+        dtril_DD.add_(tri_outer(yc_CD, cy_CD)).mul_(2.0)
+        dx_BD = tri_matmul_t(tri_v_BD, tril_DD).add_(v_BD, alpha=ctx.eps).mul_(2.0).addr_(ex_B, beta_D)
+        dy_CD = tri_matmul_t(cy_CD, tril_DD).addcmul_(yc_CD, c_C1, value=ctx.eps)
+        dy_CD.addmm_(g_BC.t(), sx_BD, alpha=-1.0).mul_(2.0).addr_(ey_C, beta_D, alpha=-1.0)
+        if ctx.unit:
             radial_C1 = (yc_CD * dy_CD).sum(1, keepdim=True)
-            dy_CD = dy_CD.sub_(yc_CD.mul_(radial_C1)).mul_(scale_C1)
-        return dx_BD, dy_CD, dsigma_D, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None, None
+            dy_CD.addcmul_(yc_CD, radial_C1, value=-1.0).mul_(place.unsqueeze(1))
+        return dx_BD, dy_CD, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None, None
 
 
-def _place(x_BD: Tensor, y_CD: Tensor, unit: bool) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Centred x and y, or with ``unit`` x as it is and y / |y| with the factors 1 / |y| [C, 1]."""
+def _placement(y_CD: Tensor, unit: bool) -> Tensor:
+    """What moves y into place: 1 / |y| [C] on the sphere, else the common shift [D]."""
+    return inverse_norms(y_CD) if unit else y_CD.mean(0)
+
+
+def _placed(x_BD: Tensor, y_CD: Tensor, place: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+    """Fresh copies of x and y, centred, or with ``unit`` x as it is and y / |y|."""
     if unit:
-        scale_C1 = inverse_norms(y_CD).unsqueeze(1)
-        return x_BD, y_CD * scale_C1, scale_C1
-    shift_D = y_CD.mean(0)
-    return x_BD - shift_D, y_CD - shift_D, None
+        return x_BD.clone(), y_CD * place.unsqueeze(1)
+    return x_BD - place, y_CD - place
+
+
+def _finish(ctx, q_BC: Tensor, saved: tuple, eps: float, symmetric: bool, unit: bool) -> Tensor:
+    """Output from q (overwritten by its root, the one [B, C] tensor that is kept)."""
+    *_, lmbda, scale, damping = saved[:7]
+    bx_B, by_C = saved[8:10]
+    dist_BC = q_BC.clamp_min_(0.0).add_(eps).sqrt_()
+    ctx.save_for_backward(*saved, dist_BC)
+    ctx.eps, ctx.symmetric, ctx.unit = eps, symmetric, unit
+    term_BC, _ = _one_form(bx_B, by_C, eps, symmetric, damping, slope=False)
+    return term_BC.mul_(lmbda).add_(dist_BC).mul_(scale)
+
+
+def _pull_back(
+    ctx, G_BC: Tensor, dist_BC: Tensor, bx_B: Tensor, by_C: Tensor, lmbda: Tensor, scale: Tensor, damping
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Through the pointwise epilogue: g [B, C], the 1-form's gradients at β'x [B] and -β'y [C], dλ, ds."""
+    term_BC, slope_BC = _one_form(bx_B, by_C, ctx.eps, ctx.symmetric, damping, slope=True)
+    g_term = term_BC.mul_(G_BC).sum()
+    g_root = torch.mul(G_BC, dist_BC, out=term_BC).sum()
+    dscale = (g_root + lmbda * g_term).reshape(scale.shape)
+    dlmbda = (scale * g_term).reshape(lmbda.shape)
+    slope_BC = slope_BC.mul_(G_BC)
+    ex_B, ey_C = slope_BC.sum(1).mul_(scale * lmbda), slope_BC.sum(0).mul_(scale * lmbda)
+    g_BC = torch.div(G_BC, dist_BC, out=slope_BC).mul_(0.5 * scale)
+    return g_BC, ex_B, ey_C, dlmbda, dscale
 
 
 def _one_form(
-    xc_BD: Tensor, yc_CD: Tensor, beta_D: Tensor, eps: float, symmetric: bool, damping: Optional[Tensor], slope: bool
+    bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, damping: Optional[Tensor], slope: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
     """The 1-form term [B, C] and, if asked, its derivative with respect to b = β'(x - y)."""
-    b_BC = torch.mv(xc_BD, beta_D)[:, None] - torch.mv(yc_CD, beta_D)
+    b_BC = bx_B[:, None] - by_C
     if symmetric:
         h_BC = (b_BC * b_BC).add_(eps).sqrt_()
         slope_BC = b_BC.div_(h_BC) if slope else None
@@ -114,15 +179,14 @@ def _one_form(
     return h_BC, slope_BC
 
 
-def _plain_gradient(ctx, G_BC: Tensor) -> tuple:
-    """The gradient as a differentiable graph, through the plain GEMM form."""
-    saved = list(ctx.saved_tensors[:7])
-    x, y, sigma, tril, beta, lmbda, scale = saved
-    damping = ctx.saved_tensors[7]
-    wanted = [i for i in range(7) if ctx.needs_input_grad[i]]
-    out = scale * gemm_distance(x, y, sigma, tril, beta, lmbda, ctx.eps, ctx.symmetric, damping, ctx.unit)
-    grads = torch.autograd.grad(out, [saved[i] for i in wanted], G_BC, create_graph=True)
-    full: list[Optional[Tensor]] = [None] * 11
+def _plain_gradient(ctx, inputs: list, G_BC: Tensor) -> tuple:
+    """The gradient as a differentiable graph (``create_graph=True``), through the plain GEMM form."""
+    x, y, sigma, beta, lmbda, scale, damping = inputs
+    diagonal, tril = (sigma, None) if sigma.dim() == 1 else (None, sigma)
+    out = scale * gemm_distance(x, y, diagonal, tril, beta, lmbda, ctx.eps, ctx.symmetric, damping, ctx.unit)
+    wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
+    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], G_BC, create_graph=True)
+    full: list[Optional[Tensor]] = [None] * 10
     for i, grad in zip(wanted, grads, strict=True):
         full[i] = grad
     return tuple(full)

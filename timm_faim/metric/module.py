@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
-from .fused import FusedDistance
+from .fused import fused_distance
 
 
 class FAIMMetric(nn.Module):
@@ -158,7 +158,7 @@ class FAIMMetric(nn.Module):
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping, unit)
         else:
-            d = FusedDistance.apply(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping, unit)
+            d = fused_distance(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping, unit)
         return d.to(out_dtype).reshape(x.shape[:-1] + y.shape[:1])
 
     def _tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
