@@ -1,8 +1,9 @@
 """The GEMM form as one autograd node: what eager training runs.
 
 Plain autograd of :func:`gemm_distance` keeps about ten [B, C] tensors alive; these nodes keep one and recompute the
-rest. TorchScript and torch.compile use the plain form instead (the compiler fuses it itself), and so does double
-backward: with ``create_graph=True`` the gradient is that of the plain form.
+rest (with a full Σ they also keep the triangular products, which are dear to repeat). TorchScript and torch.compile
+use the plain form instead (the compiler fuses it itself), and so does double backward: with ``create_graph=True`` the
+gradient is that of the plain form.
 
 Shapes: B points x, C prototypes y, D features. With v = x - y, q = v'Σv, and G the incoming gradient,
 
@@ -88,16 +89,17 @@ class FusedFull(torch.autograd.Function):
         xc_BD, yc_CD = _placed(x_BD, y_CD, place, unit)
         bx_B, by_C = torch.mv(xc_BD, beta_D), torch.mv(yc_CD, beta_D)
         tri_y_CD = tri_matmul(yc_CD, tril_DD)
-        sx_BD = tri_matmul_t(tri_matmul(xc_BD, tril_DD), tril_DD).add_(xc_BD, alpha=eps)
+        tri_x_BD = tri_matmul(xc_BD, tril_DD)
+        sx_BD = tri_matmul_t(tri_x_BD, tril_DD).add_(xc_BD, alpha=eps)
         xx_B1 = (xc_BD * sx_BD).sum(-1, keepdim=True)
         yy_C = tri_y_CD.square().sum(-1) + eps * yc_CD.square().sum(-1)
         q_BC = torch.addmm(yy_C, sx_BD, yc_CD.t(), alpha=-2.0).add_(xx_B1)
-        saved = (x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, place, bx_B, by_C, tri_y_CD)
+        saved = (x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, place, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD)
         return _finish(ctx, q_BC, saved, eps, symmetric, unit)
 
     @staticmethod
     def backward(ctx, G_BC):
-        *inputs, place, bx_B, by_C, tri_y_CD, dist_BC = ctx.saved_tensors
+        *inputs, place, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD, dist_BC = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _plain_gradient(ctx, inputs, G_BC)
         x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping = inputs
@@ -107,8 +109,7 @@ class FusedFull(torch.autograd.Function):
         dbeta_D = torch.mv(xc_BD.t(), ex_B) - torch.mv(yc_CD.t(), ey_C)
         h_BD = g_BC @ yc_CD
         v_BD = (xc_BD * r_B1).sub_(h_BD)
-        tri_x_BD, tri_v_BD = tri_matmul(xc_BD, tril_DD), tri_matmul(v_BD, tril_DD)
-        sx_BD = tri_matmul_t(tri_x_BD, tril_DD).add_(xc_BD, alpha=ctx.eps)
+        tri_v_BD = tri_matmul(v_BD, tril_DD)
         cy_CD = tri_y_CD * c_C1
         # dΣ T with Σ's gradient split by side, so that only c∘y (not g'x) meets T at size C
         dtril_DD = tri_outer(torch.cat([xc_BD, -h_BD]), torch.cat([tri_v_BD, tri_x_BD]))
