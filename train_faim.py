@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 
-from timm_faim import faim_heads, fit_heads, set_damping
+from timm_faim import faim_heads, set_damping
 from timm_faim.training import factories
 from timm_faim.training.args import parse_args
 from timm_faim.training.checkpoint import BEST, save_config, save_weights
@@ -52,21 +52,22 @@ def train(argv: Sequence[str]) -> None:
     data_config = factories.build_data_config(args, model)
     train_loader, val_loader = build_loaders(args, data, data_config, accelerator)
 
+    criterion = factories.build_criterion(args, model)
+    mixup = factories.build_mixup(args, data.num_classes)
+    model.to(accelerator.device)
+    optimizer = factories.build_optimizer(args, model, world)
+    scheduler, epochs = factories.build_scheduler(args, optimizer, len(train_loader))
+
+    # Everything that a wrong option can break is built; from here on there is work to keep.
     run_folder = prepare_run_folder(args, accelerator, data_config["input_size"][-1])
     if is_main:
         save_args(args, run_folder / "args.yaml")
         save_config(model, run_folder / "config.json", data_config, data.label_names, args.pretrained)
-
-    model.to(accelerator.device)
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
-        fit_heads(model, build_fit_loader(args, data_config, accelerator), device=accelerator.device)
+        factories.fit_heads_to(model, build_fit_loader(args, data_config, accelerator), accelerator)
     random_seed(args.seed, accelerator.process_index)
 
-    criterion = factories.build_criterion(args, model)
-    mixup = factories.build_mixup(args, data.num_classes)
-    optimizer = factories.build_optimizer(args, model, world)
-    scheduler, epochs = factories.build_scheduler(args, optimizer, len(train_loader))
     # The average copies the bare model: `prepare` below patches its forward and may wrap it.
     ema = None
     if args.model_ema:
@@ -74,7 +75,7 @@ def train(argv: Sequence[str]) -> None:
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     evaluated = ema.module if ema else bare_model
-    damping = (args.faim_cfg or {}).get("damping", 0.0)
+    damping = getattr(bare_model, "faim_cfg", {}).get("damping", 0.0)
 
     log(f"{args.model}: {sum(p.numel() for p in bare_model.parameters()) / 1e6:.2f} M parameters, "
         f"{data.num_classes} classes, {len(data.train)} training and {len(data.val)} validation images, "

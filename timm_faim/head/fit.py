@@ -62,7 +62,8 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     """Set μ, Σ and β of ``head`` from moments; γ, λ and the prior stay.
 
     Raises:
-        ValueError: shrinkage outside (0, 1], or no samples. Classes without a sample keep their prototype (warned).
+        ValueError: shrinkage outside (0, 1], no samples, or features all equal. Classes without a sample keep their
+            prototype, with a warning.
     """
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must lie in (0, 1], got {shrinkage}; few samples a class need more")
@@ -77,6 +78,9 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     mean_D = stats.sums_CD.sum(0) / n
     spread_CD = (means_CD - mean_D) * (stats.counts_C / n).sqrt()[:, None]  # spread'spread = B
     degrees = (n - seen_C.sum()).clamp_min(1)
+    total_D = stats.second.diagonal() if stats.second.dim() == 2 else stats.second
+    if not (total_D / n - mean_D.square()).sum() > 1e-12 * (total_D / n).sum():
+        raise ValueError("all features are equal; there is nothing to fit (is the backbone collapsed?)")
 
     if stats.second.dim() == 2:
         within_DD = (stats.second - (stats.sums_CD.t() @ means_CD)) / degrees
@@ -126,8 +130,9 @@ def fit_heads(
     """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]).
 
     The model runs in eval mode and is left in its mode. In an initialised process group the moments are summed over
-    the ranks, each reading its own shard. Inputs [B, N, D] of a head (token heads) are averaged over the tokens; a
-    head that eval mode does not reach (VOLO's auxiliary one) keeps its start.
+    the ranks, whether each reads its own shard or all read everything (the result is a ratio of sums). Inputs
+    [B, N, D] of a head (token heads) are averaged over the tokens; a head that eval mode does not reach keeps its
+    start, with a warning.
 
     Raises:
         ValueError: a model without FAIM heads, soft targets, no batches, targets outside the classes.

@@ -5,20 +5,23 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from timm_faim.metric import FAIMMetric, absolute
+from timm_faim.metric import FAIMMetric, absolute, inverse_norms
 
 _INITS = ("scaled", "seed")
 _SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
 
 
 def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
-    """logits [B, C] minus ``amount`` [1] at the target: class indices [B], or soft targets [B, C] as weights."""
+    """logits [B, C] minus ``amount`` [1] at the target: class indices [B], or soft targets [B, C] as weights.
+
+    Negative indices (the ``ignore_index`` of a criterion) are left alone.
+    """
     amount = amount.to(logits.dtype)
     if target.dim() == logits.dim():
         return logits - amount * target.to(logits.dtype)
-    return logits.scatter_add(-1, target.unsqueeze(-1), -amount.expand(target.shape).unsqueeze(-1))
+    amounts = amount * (target >= 0).to(logits.dtype)
+    return logits.scatter_add(-1, target.clamp_min(0).unsqueeze(-1), -amounts.unsqueeze(-1))
 
 
 class FAIMHead(nn.Module):
@@ -143,8 +146,8 @@ class FAIMHead(nn.Module):
         """Features as the metric sees them: x, or x / |x| in at least float32."""
         if not self.normalize:
             return x
-        # eps bounds the gradient at an all-zero feature
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x * inverse_norms(x).unsqueeze(-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in _SEED_KEYS:

@@ -28,8 +28,9 @@ class TargetMargin(nn.Module):
         model: the model in training, wrapped or compiled or not. Its heads are looked up once, so build this after
             ``reset_classifier``. A head's margin counts only while that head is in training mode.
 
-    A tuple output of as many logits as there are heads (distilled training) gets each head's own margin. A model that
-    averages its heads (distilled pairs) gets the mean of γ m, which is exactly what margins inside each head give.
+    A tuple output of as many logits as there are heads (distilled training) gets each head's own margin. Anything
+    else gets the mean of γ m over the heads: exactly what margins inside each head give where the model averages its
+    heads (distilled pairs, CrossViT), an approximation where it weighs them otherwise (VOLO, EfficientViM).
     """
 
     def __init__(self, criterion: nn.Module, model: nn.Module) -> None:
@@ -42,9 +43,11 @@ class TargetMargin(nn.Module):
         heads = [head for head in self._heads if head.training]
         if heads:
             amounts = [head.gamma() * head.margin for head in heads]
+            mean = torch.stack(amounts).mean(0)
             if isinstance(output, (tuple, list)):
-                if len(output) == len(amounts):
-                    output = type(output)(subtract_margin(o, target, a) for o, a in zip(output, amounts, strict=True))
+                if len(output) != len(amounts):
+                    amounts = [mean] * len(output)
+                output = type(output)(subtract_margin(o, target, a) for o, a in zip(output, amounts, strict=True))
             else:
-                output = subtract_margin(output, target, torch.stack(amounts).mean(0))
+                output = subtract_margin(output, target, mean)
         return self.criterion(output, target)

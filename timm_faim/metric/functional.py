@@ -113,5 +113,5 @@ def gemm_distance(
 
 
 def inverse_norms(y_CD: Tensor) -> Tensor:
-    """1 / max(|y|, 1e-6) [C] of each row: the bound keeps the gradient at a zero row finite."""
-    return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-12))
+    """1 / max(|y|, 1e-4) [...] of vectors y [..., D]: the bound keeps the gradient at a zero vector small."""
+    return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-8))

@@ -14,6 +14,8 @@ Tensors made here are overwritten in place once they are no longer needed: an al
 more than the arithmetic on it.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Optional
 
 import torch
@@ -42,6 +44,20 @@ def fused_distance(
     return FusedFull.apply(x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, eps, symmetric, unit)
 
 
+def _without_autocast(backward: Callable) -> Callable:
+    """Keep the precision of the forward pass when ``backward()`` is called inside an autocast region."""
+
+    @wraps(backward)
+    def run(ctx, G_BC):
+        device_type = G_BC.device.type
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return backward(ctx, G_BC)
+        with torch.autocast(device_type, enabled=False):
+            return backward(ctx, G_BC)
+
+    return run
+
+
 class FusedDiagonal(torch.autograd.Function):
     """Diagonal Σ, in the whitened coordinates z = Σ^½ x, m = Σ^½ y, where q = |z - m|²."""
 
@@ -58,6 +74,7 @@ class FusedDiagonal(torch.autograd.Function):
         return _finish(ctx, q_BC, saved, eps, symmetric, unit)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx, G_BC):
         *inputs, place, bx_B, by_C, dist_BC = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -98,6 +115,7 @@ class FusedFull(torch.autograd.Function):
         return _finish(ctx, q_BC, saved, eps, symmetric, unit)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx, G_BC):
         *inputs, place, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD, dist_BC = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -32,7 +32,7 @@ class FAIMMetric(nn.Module):
         full_sigma: learn a full Σ (Cholesky factor L [D, D]) instead of its diagonal.
         symmetric: use |β'v|, which makes d_F(x, y) = d_F(y, x); False gives the directed Randers metric.
         lambda_init: initial λ >= 0.
-        eps: ε, smoothing of both roots and ridge of Σ.
+        eps: ε, smoothing of both roots and ridge of Σ. With 0 gradients at x = y are not finite.
 
     Parameters: ``beta`` [D], ``lmbda`` [1], and ``log_sigma_diag`` [D] or ``L`` [D, D]. Σ starts at the identity, β
     at N(0, 1/D), so that |β'v| is about |v| / sqrt(D).
@@ -59,8 +59,8 @@ class FAIMMetric(nn.Module):
             raise ValueError(f"in_features must be >= 1, got {in_features}")
         if not (lambda_init >= 0 and math.isfinite(lambda_init)):
             raise ValueError(f"lambda_init must be a finite number >= 0, got {lambda_init}; 0 switches the 1-form off")
-        if not eps >= 0:
-            raise ValueError(f"eps must be >= 0, got {eps}")
+        if not (eps >= 0 and math.isfinite(eps)):
+            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
         factory = {"device": device, "dtype": dtype}
         self.in_features = in_features
         self.full_sigma = full_sigma
@@ -77,6 +77,7 @@ class FAIMMetric(nn.Module):
             self.log_sigma_diag = nn.Parameter(torch.empty(in_features, **factory))
         # κ as a tensor (its changes do not recompile) and a flag (the undamped path costs nothing)
         self.damped = False
+        self.damping_value = 0.0
         self.register_buffer("damping", torch.zeros(1, **factory), persistent=False)
         self.reset_parameters()
 
@@ -89,6 +90,7 @@ class FAIMMetric(nn.Module):
                 nn.init.constant_(self.log_sigma_diag, math.log(sigma))
             nn.init.normal_(self.beta, std=math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
             nn.init.constant_(self.lmbda, self.lambda_init)
+            self.damping.fill_(self.damping_value)  # not in the state dict: set here after to_empty()
 
     @torch.jit.ignore
     def set_damping(self, value: float) -> None:
@@ -96,6 +98,7 @@ class FAIMMetric(nn.Module):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"damping must lie in [0, 1], got {value}")
         self.damped = value > 0
+        self.damping_value = float(value)
         self.damping.fill_(value)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -185,7 +188,8 @@ class FAIMMetric(nn.Module):
             # float64: T T' + ε I squares the condition number of T
             wide = tril.double()
             eye = torch.eye(self.in_features, device=wide.device, dtype=wide.dtype)
-            factor = torch.linalg.cholesky(wide @ wide.t() + self.eps * eye)
+            # unchecked: after a NaN step the NaN must reach the loss, where training looks for it
+            factor = torch.linalg.cholesky_ex(wide @ wide.t() + self.eps * eye)[0]
             half = torch.linalg.solve_triangular(factor, beta.double().unsqueeze(1), upper=False)
             dual = half.square().sum().to(beta.dtype)
         return self._randers_limit * torch.rsqrt(1.0 + lmbda * lmbda * dual)

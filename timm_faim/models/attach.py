@@ -31,7 +31,8 @@ def attach_heads(model: nn.Module, faim_cfg: dict[str, Any]) -> nn.Module:
     """
     model.faim_cfg = dict(faim_cfg)
     _replace_classifiers(model)
-    model.__class__ = _subclass(type(model), FAIMModelMixin)
+    if not isinstance(model, FAIMModelMixin):
+        model.__class__ = _subclass(type(model), FAIMModelMixin)
     return model
 
 

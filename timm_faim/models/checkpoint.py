@@ -30,7 +30,7 @@ def read_faim_state_dict(
         state_dict = load_state_dict_from_path(file)
     elif pretrained_cfg.get("source") == "hf-hub":
         state_dict = load_state_dict_from_hf(pretrained_cfg["hf_hub_id"], cache_dir=cache_dir)
-    elif file and str(file).endswith(".safetensors"):
+    elif file and not pretrained_cfg.get("custom_load") and Path(file).suffix not in (".npz", ".npy"):
         state_dict = load_state_dict(str(file))
     else:
         return None
@@ -50,27 +50,38 @@ def split_heads(state_dict: StateDict) -> tuple[StateDict, dict[str, StateDict]]
     return backbone, heads
 
 
-def check_backbone(model: nn.Module, backbone: StateDict) -> None:
+def check_backbone(model: nn.Module, backbone: StateDict, strict: bool) -> None:
     """Refuse a checkpoint that leaves backbone parameters unset (timm's non-strict load only logs them).
+
+    Args:
+        strict: every parameter must be there; else up to half may miss with a warning, as after a change of
+            ``global_pool`` for new classes.
 
     Raises:
         RuntimeError: names the first missing parameters.
     """
     head_names = tuple(f"{name}." for name in faim_heads(model))
-    missing = [k for k in model.state_dict() if k not in backbone and not k.startswith(head_names or ("\0",))]
-    if missing:
-        raise RuntimeError(
-            f"the FAIM checkpoint lacks {len(missing)} parameters of the model ({', '.join(missing[:3])}, …); "
-            "create the model with the arguments it was trained with"
-        )
+    wanted = [key for key in model.state_dict() if not (head_names and key.startswith(head_names))]
+    missing = [key for key in wanted if key not in backbone]
+    if not missing:
+        return
+    names = ", ".join(missing[:3])
+    message = f"the FAIM checkpoint lacks {len(missing)} of {len(wanted)} backbone tensors ({names}, …)"
+    if strict or 2 * len(missing) > len(wanted):
+        raise RuntimeError(f"{message}; create the architecture that it was trained as, with the same arguments")
+    _logger.warning(f"{message}; they keep their initialisation")
 
 
 def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
     """Load head weights where the number of classes agrees; otherwise the head stays fresh, with one log line.
 
     Raises:
-        RuntimeError: the same number of classes but other parameters or shapes, e.g. another ``full_sigma``.
+        RuntimeError: the same number of classes but other heads, parameters or shapes, e.g. another ``full_sigma``.
     """
+    if unused := heads.keys() - faim_heads(model).keys():
+        if model.num_classes > 0 and len(unused) == len(heads):
+            raise RuntimeError(f"the checkpoint's FAIM heads {sorted(unused)} have no place in this model")
+        _logger.warning(f"FAIM heads of the checkpoint that the model does not have: {sorted(unused)}")
     for name, head in faim_heads(model).items():
         saved = heads.get(name)
         if saved is None or saved["mu"].shape[0] != head.num_classes:
@@ -87,4 +98,6 @@ def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
 
 def _head_names(state_dict: StateDict) -> list[str]:
     names = [key[: -len(".mu")] for key in state_dict if key.endswith(".mu")]
-    return [name for name in names if f"{name}.scale" in state_dict and f"{name}.metric.lmbda" in state_dict]
+    # λ is at the head itself in state dicts of the founding code
+    lambdas = ("metric.lmbda", "lmbda")
+    return [n for n in names if f"{n}.scale" in state_dict and any(f"{n}.{key}" in state_dict for key in lambdas)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate.utils import DynamoBackend
 from timm.utils import ParseKwargs
 
 from timm_faim.training.errors import UserError, did_you_mean
@@ -164,7 +165,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    line, unknown = parser.parse_known_args(argv)
+    try:
+        line, unknown = parser.parse_known_args(argv)
+    except ValueError as e:  # ParseKwargs splits at the first =
+        raise UserError("--faim-cfg and --model-kwargs take KEY=VALUE, for example normalize=True") from e
     if unknown:
         raise UserError(f"unknown option {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
 
@@ -243,9 +247,12 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, key)
         if value is not None and value < 1:
             raise UserError(f"{_flag(key)} must be at least 1, got {value}")
-    for key in ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs"):
+    for key in ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix"):
         if getattr(args, key) < 0:
             raise UserError(f"{_flag(key)} must not be negative, got {getattr(args, key)}")
+    if args.torchcompile and args.torchcompile.upper() not in DynamoBackend.__members__:
+        raise UserError(f"unknown --torchcompile {args.torchcompile}."
+                        f"{did_you_mean(args.torchcompile, [b.lower() for b in DynamoBackend.__members__])}")
     if not (args.data_dir or args.dataset):
         raise UserError(f"no data: give --data-dir or --dataset, on the command line or in {args.config}")
     if (args.mixup or args.cutmix) and args.batch_size % 2:

@@ -174,7 +174,7 @@ def build_fit_loader(
 ) -> Any:
     """All training images once, without augmentation, in every process: for closed-form initialisation.
 
-    Not sharded, so that every process comes to the same heads.
+    Not sharded: a sharded loader repeats images at its end to make the processes even, and those would count twice.
     """
     dataset = open_split(args, True, data_config["input_size"][0])
     return create_loader(

@@ -14,7 +14,7 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_faim import TargetMargin, faim_heads
+from timm_faim import TargetMargin, faim_heads, fit_heads
 from timm_faim.training.errors import UserError, did_you_mean
 
 # timm's rule: optimisers with per-parameter step sizes scale their rate with the root of the batch.
@@ -70,7 +70,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         if args.initial_checkpoint:
             load_checkpoint(model, args.initial_checkpoint)
     except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as e:
-        raise UserError(f"cannot create {args.model}: {e}") from e
+        raise UserError(f"cannot create {args.model}: {' '.join(str(e).split())}") from e
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if args.channels_last:
@@ -88,6 +88,18 @@ def build_data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[
     config["input_size"] = (channels, *config["input_size"][1:])
     config["mean"], config["std"] = (tuple(adapt_to_chs(config[key], channels)) for key in ("mean", "std"))
     return config
+
+
+def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator) -> None:
+    """Closed-form start of the heads from the training images.
+
+    Raises:
+        UserError: what the fit says of the features (NaN, all equal).
+    """
+    try:
+        fit_heads(model, batches, device=accelerator.device)
+    except ValueError as e:
+        raise UserError(f"--head-init data: {e}") from e
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

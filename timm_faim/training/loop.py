@@ -84,7 +84,7 @@ def train_one_epoch(
         over all processes.
 
     Raises:
-        RankError: the loss of a step was not finite; its batch is saved.
+        RankError: the loss of a step was not finite (its batch is saved), or a label lies outside the classes.
     """
     model.train()
     batches, accum = len(loader), args.grad_accum_steps
@@ -104,6 +104,7 @@ def train_one_epoch(
             rate = images_seen * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {losses.avg:.3f}, top-1 {top1.avg:.1f} %, {rate:.0f} images/s")
 
+    num_classes = getattr(accelerator.unwrap_model(model, keep_torch_compile=False), "num_classes", math.inf)
     reader = LateReader(record)
     optimizer.zero_grad()
     for step, (images, target) in enumerate(loader):
@@ -111,6 +112,8 @@ def train_one_epoch(
         window_start = step - step % accum
         window = min(accum, batches - window_start)
         is_update = step + 1 == window_start + window
+        if not target.is_cuda or step == 0:  # on a GPU the look would wait for the device
+            check_labels(target, num_classes)
         if mixup is not None:
             images, target = mixup(images, target)
         if args.channels_last:
@@ -145,6 +148,13 @@ def train_one_epoch(
     seconds = time.perf_counter() - start
     return {"loss": loss_sum / count, "top1": hit_sum / count, "images_per_s": round(count / seconds, 1),
             "seconds": round(seconds, 2)}
+
+
+def check_labels(target: torch.Tensor, num_classes: float) -> None:
+    """Raise `RankError` where class indices [B] lie outside the model's classes: data sets that list no classes."""
+    if target.ndim == 1 and not (int(target.min()) >= 0 and int(target.max()) < num_classes):
+        raise RankError(f"the data have labels from {int(target.min())} to {int(target.max())}, outside the "
+                        f"{num_classes} classes of the model. Give --num-classes {int(target.max()) + 1} or mend them")
 
 
 def stop_at_bad_loss(
