@@ -116,7 +116,8 @@ def peak_bytes(step: Step, device: str) -> int:
 
 
 def table(B, C, D, device, precision, compile_mode, rounds, names) -> None:
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    # TF32 products also in the bf16 row: autocast moves Linear to bfloat16, FAIM stays in float32 by its policy
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     steps = {}
     for name in names:
         if name == "literal formula" and (B * C * D * 4 > 8e9 or compile_mode == "reduce-overhead"):

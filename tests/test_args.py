@@ -101,6 +101,16 @@ def test_recipe_that_is_no_mapping(tmp_path, text):
         parse_args(["-c", str(path)])
 
 
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--faim-cfg", "normalize"], "KEY=VALUE"),
+    (["--torchcompile", "inductr"], "inductr.*inductor"),
+    (["--mixup", "-1"], "--mixup.*-1"),
+])
+def test_bad_values_are_user_errors(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(["--data-dir", "d", *argv])
+
+
 def test_every_option_has_help():
     assert [a.dest for a in build_parser()._actions if not a.help] == []
 

@@ -73,6 +73,8 @@ def test_bad_input():
         fit_(head, x, targets + 1)
     with pytest.raises(ValueError, match="NaN"):
         fit_(head, x * float("nan"), targets)
+    with pytest.raises(ValueError, match="features are equal"):
+        fit_(head, torch.ones_like(x), targets)
     with pytest.raises(ValueError, match="shrinkage.*0"):
         fit_(head, x, targets, shrinkage=0.0)
     with pytest.raises(ValueError, match="no FAIM head"):

@@ -255,3 +255,77 @@ def test_faim_heads_finds_them_through_wrappers():
     model = nn.Sequential(nn.Linear(3, D), FAIMHead(D, C))
     assert list(faim_heads(model)) == ["1"]
     assert faim_heads(nn.Linear(2, 2)) == {}
+
+
+def test_margin_where_outputs_are_not_one_a_head():
+    """Distilled training of a model with several heads a branch: each output gets the mean margin."""
+    model = TwoHeads(margin=0.3)
+    seen = []
+    criterion = TargetMargin(lambda output, _: seen.append(output), model)
+    logits = tuple(torch.randn(B, C) for _ in range(3))
+    target = torch.randint(C, (B,))
+    criterion(logits, target)
+    for got, want in zip(seen[0], logits, strict=True):
+        assert torch.allclose(got, want - 7.0 * 0.3 * F.one_hot(target, C), atol=1e-5)
+
+
+def test_margin_leaves_ignored_targets_alone():
+    head = FAIMHead(D, C, margin=0.3)
+    x, target = torch.randn(B, D), torch.randint(C, (B,))
+    target[0] = -100
+    loss = TargetMargin(nn.CrossEntropyLoss(ignore_index=-100), head)(head(x), target)
+    assert torch.allclose(loss, nn.CrossEntropyLoss()(head(x[1:], target[1:]), target[1:]), atol=1e-5)
+
+
+def test_an_all_zero_feature_has_a_bounded_gradient():
+    head = FAIMHead(D, C, normalize=True)
+    x = torch.zeros(1, D, requires_grad=True)
+    head(x).sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.norm() < 1e6
+
+
+def _ddp_step(rank, world, port, state, x, target, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = TwoHeads(margin=0.3)
+    model.load_state_dict(state)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    share = slice(rank, None, world)
+    TargetMargin(nn.CrossEntropyLoss(), parallel)(parallel(x[share]), target[share]).backward()
+    if rank == 0:
+        queue.put({name: p.grad.numpy() for name, p in model.named_parameters()})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_margin_under_ddp_equals_one_process():
+    """γ is used inside DDP's forward and again at the criterion: its gradient must still be the average of both."""
+    import socket
+
+    model = TwoHeads(margin=0.3)
+    x, target = torch.randn(B, D), torch.randint(C, (B,))
+    TargetMargin(nn.CrossEntropyLoss(), model)(model(x), target).backward()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    arguments = (2, port, model.state_dict(), x, target, queue)
+    ranks = [context.Process(target=_ddp_step, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    grads = queue.get()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(torch.from_numpy(grads[name]), parameter.grad, atol=1e-5), name
+
+
+def test_margin_under_compile():
+    model = TwoHeads(margin=0.3)
+    x, target = torch.randn(B, D), torch.randint(C, (B,))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = [TargetMargin(nn.CrossEntropyLoss(), m)(m(x), target) for m in (model, compiled)]
+    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    assert losses[0] > nn.CrossEntropyLoss()(model(x), target)
+    assert all(torch.allclose(w, g, atol=1e-4) for w, g in zip(wanted, got, strict=True))

@@ -180,14 +180,21 @@ class LargestAllocation(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("form", ["fused", "fused unit", "plain", "plain unit"])
 @pytest.mark.parametrize(("full", "symmetric"), FORMS)
-def test_nothing_of_size_bcd_is_allocated(full, symmetric):
+def test_nothing_of_size_bcd_is_allocated(full, symmetric, form):
     B, C, D = 32, 48, 40
     metric = random_metric(D, full, symmetric)
     x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
     y = torch.randn(C, D, dtype=torch.float64, requires_grad=True)
+    unit = form.endswith("unit")
+    sigma, tril, beta, lmbda = metric._tensors(torch.float64)
     with LargestAllocation() as fast:
-        metric(x, y).sum().backward()
+        if form.startswith("plain"):
+            d = gemm_distance(x, y, sigma, tril, beta, lmbda, metric.eps, symmetric, None, unit)
+        else:
+            d = metric.scaled_distance(x, y, None, unit)
+        d.sum().backward()
     with LargestAllocation() as literal:
         metric.reference(x, y).sum().backward()
     assert fast.numel <= max(B * C, C * D, 2 * B * D, D * D)
@@ -229,3 +236,35 @@ def test_shapes_dtypes_and_bad_input():
         FAIMMetric(0)
     with pytest.raises(ValueError, match="damping"):
         metric.set_damping(1.5)
+
+
+@pytest.mark.parametrize(("full", "symmetric"), FORMS)
+@pytest.mark.parametrize("unit", [False, True])
+def test_backward_inside_autocast_keeps_the_precision(full, symmetric, unit, device):
+    metric = random_metric(D, full, symmetric, dtype=torch.float32, device=device)
+    x, y = points(B, torch.float32, device), points(C, torch.float32, device)
+    x = torch.nn.functional.normalize(x, dim=-1).requires_grad_()
+    y.requires_grad_()
+    inputs = (x, y, *metric.parameters())
+    expected = torch.autograd.grad(metric.scaled_distance(x, y, None, unit).sum(), inputs)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        got = torch.autograd.grad(metric.scaled_distance(x, y, None, unit).sum(), inputs)
+    for value, want in zip(got, expected, strict=True):
+        assert relative_error(value, want.double()) <= 1e-5
+
+
+def test_nan_parameters_give_nan_not_an_exception():
+    """A training step that broke must show in the loss, which is where the training loop looks."""
+    metric = random_metric(D, full_sigma=True, symmetric=False)
+    with torch.no_grad():
+        metric.L.fill_(float("nan"))
+    assert torch.isnan(metric(points(B), points(C))).all()
+
+
+def test_damping_survives_materialisation_from_the_meta_device():
+    with torch.device("meta"):
+        metric = FAIMMetric(D)
+        metric.set_damping(0.5)
+    metric.to_empty(device="cpu")
+    metric.reset_parameters()
+    assert metric.damping.item() == 0.5

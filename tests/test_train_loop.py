@@ -142,3 +142,13 @@ def test_evaluation_leaves_padding_and_unreadable_images_out():
     metrics = evaluate(model, batches, Accelerator(cpu=True), SimpleNamespace(**vars(ARGS) | {"skip_unreadable": True}))
     assert metrics["samples"] == 4
     assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(images), target).item(), rel=1e-6)
+
+
+def test_a_label_outside_the_classes_is_named(tmp_path):
+    """Data sets that list no classes are only seen batch by batch."""
+    batches = random_batches(2)
+    batches[1][1][0] = 7
+    model = linear_model()
+    model.num_classes = 3
+    with pytest.raises(RankError, match="to 7, outside the 3 classes.*--num-classes 8"):
+        run_epoch(model, batches, tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
@@ -263,3 +264,27 @@ def test_two_processes_stop_when_one_meets_an_unreadable_image(tmp_path):
     assert re.search(r"train_faim: error \(process 0\): cannot read image .*dog/1\.png", result.stderr)
 
 
+
+
+def test_a_wrong_option_does_not_cost_the_name_of_the_run(images, tmp_path):
+    with pytest.raises(UserError, match="adamww.*adamw"):
+        train_tiny(images, tmp_path, "--opt", "adamww")
+    run = train_tiny(images, tmp_path, "--epochs", "1")
+    assert (run / "model_best.safetensors").is_file()
+
+
+def test_the_rate_that_follows_the_batch_is_on_record(images, tmp_path):
+    run = tmp_path / "run"
+    words = [word for word in TINY if word not in ("--lr", "0.003")]
+    train("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model", "faim_test_resnet", *words,
+          "--epochs", "1", "--lr-base", "0.01")
+    assert yaml.safe_load((run / "args.yaml").read_text())["lr"] == pytest.approx(0.01 * (4 / 256) ** 0.5)
+
+
+def test_training_on_from_a_damped_model_evaluates_what_it_saves(images, tmp_path):
+    first = train_tiny(images, tmp_path / "a", "--faim-cfg", "damping=0.8", "lambda_init=0.5", "--epochs", "1")
+    second = train_tiny(images, tmp_path / "b", "--damp-epochs", "1", "--epochs", "1", "--pretrained",
+                        model=f"local-dir:{first}")
+    model, again = evaluate_run(second, images)
+    assert model.get_classifier().metric.damping.item() == pytest.approx(0.8)
+    assert again["loss"] == pytest.approx(float(read_summary(second)[0]["eval_loss"]), abs=1e-5)
