@@ -5,7 +5,7 @@
 Selection never sees the validation drawings: of the 10 training drawings of a character 8 train and 2 select, one
 seed, accuracy of the last epoch. The setting chosen for each head then trains on all 10 with seeds 0, 1 and 2 and is
 evaluated on the validation drawings. Everything else is the demo recipe; --epochs changes its length. 24 runs of 3 to
-4 minutes on 2 CPU cores; on a GPU machine with 16 cores all of it takes 3 minutes with `--jobs 7` at 25 epochs.
+4 minutes on 2 CPU cores; on a GPU machine with 16 cores all of it takes 2 minutes with `--jobs 8`.
 """
 import argparse
 import csv
