@@ -104,7 +104,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
         classifiers = [classifiers]
     for classifier in classifiers:
         name = by_id.get(id(classifier))
-        if name is None or any(known == name or known.startswith(f"{name}.") for known in names):
+        if name is None or any(_within(known, name) for known in names):
             continue
         layers = [key for key, module in modules.items() if _within(key, name) and _is_linear(module)]
         names.extend(layers[-1:])  # of a container (norm, dropout, linear) the last layer classifies
