@@ -12,12 +12,27 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
+from timm_faim.metric import absolute
+
 from .head import FAIMHead, subtract_margin
 
 
 def faim_heads(model: nn.Module) -> dict[str, FAIMHead]:
     """The FAIM heads of a model by module name, in module order; empty for a model without one."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FAIMHead)}
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The parameter, whole where FSDP2 has sharded it; its gradient then is the processes' mean, as FSDP's own are."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        processes = parameter.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole
 
 
 class TargetMargin(nn.Module):
@@ -42,7 +57,7 @@ class TargetMargin(nn.Module):
         """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""
         heads = [head for head in self._heads if head.training]
         if heads:
-            amounts = [head.gamma() * head.margin for head in heads]
+            amounts = [absolute(_gathered(head.scale)) * head.margin for head in heads]
             mean = torch.stack(amounts).mean(0)
             if isinstance(output, (tuple, list)):
                 if len(output) != len(amounts):
