@@ -1,4 +1,4 @@
-"""The command line: timm's flag names, a few of our own, and YAML recipes.
+"""The command line: defaults, then a YAML recipe, then flags, and the checks between options.
 
 A recipe is turned into command-line words and put in front of the real ones, so that it goes through the same
 type and choice checks and the command line wins because it comes last.
@@ -6,178 +6,44 @@ type and choice checks and the command line wins because it comes last.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DynamoBackend
-from timm.utils import ParseKwargs
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, Parser, build_parser, switch
 
 DEMO_RECIPE = Path(__file__).parents[1] / "configs" / "omniglot.yaml"
-
-# Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "head_init", "damp_epochs")
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` instead of printing the whole usage before the message."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists every option)")
-
-
-class _Flag(argparse.BooleanOptionalAction):
-    """`--x` and `--no-x`, so that the command line can switch off what a recipe switches on."""
-
-
-def build_parser() -> Parser:
-    """The parser; its destinations are the keys of a recipe."""
-    parser = Parser(
-        prog="train_faim.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a FAIM model, or any timm model, on real images. Without data options it trains on the "
-                    "bundled Omniglot characters.",
-    )
-    parser.add_argument("-c", "--config", metavar="YAML", help="recipe: flag names with underscores as keys")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data-dir", metavar="DIR", help="folder with train/ and val/, one folder of images per class in each")
-    add("--dataset", default="", metavar="TYPE/NAME",
-        help="timm's dataset type and name (empty: image folder), or omniglot242 for the bundled data")
-    add("--dataset-download", action=_Flag, default=False, help="let a torch/ or hfds/ data set download itself")
-    add("--train-split", default="train", metavar="NAME", help="training split or folder")
-    add("--val-split", default="validation", metavar="NAME", help="validation split or folder")
-    add("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
-    add("--input-img-mode", metavar="MODE", help="PIL mode of the images (default: L for one channel, else RGB)")
-    add("--skip-unreadable", action=_Flag, default=False,
-        help="go on without images that cannot be read, and count them; otherwise they are an error")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes per training process")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="faim_resnet50", metavar="NAME", help="a timm name with the prefix faim_, or without it")
-    add("--pretrained", action=_Flag, default=False, help="start from timm's pretrained weights")
-    add("--initial-checkpoint", default="", metavar="FILE", help="load these weights into the new model")
-    add("--num-classes", type=int, metavar="N", help="number of classes (default: that of the data)")
-    add("--drop", type=float, metavar="P", help="dropout before the classifier")
-    add("--drop-path", type=float, metavar="P", help="stochastic depth")
-    add("--model-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE",
-        help="further arguments of timm.create_model")
-    add("--grad-checkpointing", action=_Flag, default=False, help="recompute activations to save memory")
-    add("--channels-last", action=_Flag, default=False, help="channels-last memory layout")
-
-    add = parser.add_argument_group("FAIM head").add_argument
-    add("--faim-cfg", nargs="*", action=ParseKwargs, default=None, metavar="KEY=VALUE",
-        help="options of the head, for example normalize=True margin=0.2; replaces those of the recipe")
-    add("--head-init", choices=("random", "data"), default="random",
-        help="data: class means and within-class variance of the backbone's features")
-    add("--damp-epochs", type=int, default=0, metavar="N", help="fade the 1-form in over the first N epochs")
-
-    add = parser.add_argument_group("input size and normalisation (default: the model's)").add_argument
-    add("--img-size", type=int, metavar="N", help="height and width in pixels")
-    add("--in-chans", type=int, metavar="N", help="input channels")
-    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="channels, height and width")
-    add("--crop-pct", type=float, metavar="P", help="share of the resized image kept in validation")
-    add("--mean", type=float, nargs="+", metavar="M", help="mean of the pixels, per channel, in 0..1")
-    add("--std", type=float, nargs="+", metavar="S", help="standard deviation of the pixels, per channel")
-    add("--interpolation", default="", help="resize interpolation")
-
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--no-aug", action="store_true", help="resize and crop only (--affine still applies)")
-    add("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"), help="share of area kept by crop")
-    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="aspect ratio of the crop")
-    add("--hflip", type=float, default=0.5, metavar="P", help="horizontal flip")
-    add("--vflip", type=float, default=0.0, metavar="P", help="vertical flip")
-    add("--color-jitter", type=float, default=0.4, metavar="F", help="colour jitter")
-    add("--aa", metavar="POLICY", help="AutoAugment or RandAugment policy, for example rand-m9-mstd0.5")
-    add("--affine", type=float, nargs=4, metavar=("DEG", "TRANSLATE", "SCALE", "SHEAR"),
-        help="random affine map before the crop: rotation up to DEG degrees, shift up to a share TRANSLATE of the "
-             "size, scale within 1 -+ SCALE, shear up to SHEAR degrees")
-    add("--affine-fill", type=int, metavar="V", help="grey value 0..255 outside the image (default: the mean)")
-    add("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
-    add("--remode", default="pixel", help="random erasing mode")
-    add("--recount", type=int, default=1, help="random erasing count")
-    add("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup")
-    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix")
-    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one mixing ratio")
-
-    add = parser.add_argument_group("loss and optimiser").add_argument
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--bce-loss", action=_Flag, default=False, help="binary cross entropy")
-    add("--opt", default="sgd", help="optimiser")
-    add("--opt-eps", type=float, metavar="EPS", help="optimiser epsilon")
-    add("--opt-betas", type=float, nargs="+", metavar="B", help="optimiser betas")
-    add("--momentum", type=float, default=0.9, help="optimiser momentum")
-    add("--weight-decay", type=float, default=2e-5, help="weight decay")
-    add("--clip-grad", type=float, metavar="NORM", help="gradient clipping")
-    add("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="gradient clipping mode")
-    add("--layer-decay", type=float, metavar="F", help="layer-wise learning-rate decay")
-    add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches per update")
-
-    add = parser.add_argument_group("learning rate and schedule").add_argument
-    add("--lr", type=float, help="learning rate; overrides --lr-base")
-    add("--lr-base", type=float, default=0.1, help="learning rate for a global batch of --lr-base-size")
-    add("--lr-base-size", type=int, default=256, metavar="N", help="global batch size of --lr-base")
-    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"),
-        help="how the rate follows the batch (empty: sqrt for Adam's family and LAMB, else linear)")
-    add("--sched", default="cosine", help="schedule",
-        choices=("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none"))
-    add("--sched-on-updates", action=_Flag, default=False, help="step the schedule after every update")
-    add("--epochs", type=int, default=300, help="epochs")
-    add("--min-lr", type=float, default=0.0, help="lowest learning rate")
-    add("--warmup-lr", type=float, default=1e-5, help="learning rate at the start of the warm-up")
-    add("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
-    add("--warmup-prefix", action=_Flag, default=False, help="do not count the warm-up in --epochs")
-    add("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate after the schedule")
-    add("--decay-epochs", type=float, default=90, help="interval of step decay")
-    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of multistep decay")
-    add("--decay-rate", type=float, default=0.1, help="decay rate")
-    add("--patience-epochs", type=int, default=10, help="patience of plateau")
-
-    add = parser.add_argument_group("run").add_argument
-    add("-b", "--batch-size", type=int, default=128, metavar="N", help="images per process and step")
-    add("-vb", "--validation-batch-size", type=int, metavar="N", help="the same in validation")
-    add("--model-ema", action=_Flag, default=False, help="average the weights; the average is evaluated and saved")
-    add("--model-ema-decay", type=float, default=0.9998, help="decay of the average")
-    add("--model-ema-warmup", action=_Flag, default=False, help="raise the decay over the first updates")
-    add("--dist-bn", default="reduce", choices=("reduce", "broadcast", ""),
-        help="how processes agree on batch-norm statistics before an evaluation")
-    add("--amp", action=_Flag, default=False, help="mixed precision (default: what `accelerate launch` says)")
-    add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="low precision type of --amp")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile")
-    add("--cpu-threads", type=int, metavar="N",
-        help="threads per process on the CPU (default: the cores shared out; `accelerate launch` alone leaves one)")
-    add("--seed", type=int, default=42, help="random seed; each process adds its rank for augmentation")
-    add("--output", default="./output", metavar="DIR", help="folder of runs")
-    add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")
-    add("--log-interval", type=int, default=50, metavar="N", help="steps between updates of the progress bar")
-    return parser
+STREAMED = ("hfids", "wds", "tfds")  # types of --dataset that can only be read from the beginning
+WITH_FIELDS = ("hfds", *STREAMED)  # types of --dataset whose samples have named fields
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Options from defaults, then the recipe, then the command line; the later wins.
 
-    Without any of --config, --data-dir and --dataset the bundled Omniglot recipe is the recipe.
+    Without any of --config, --data-dir, --dataset and --resume PATH the bundled Omniglot recipe is the recipe. With
+    --resume PATH and no --config it is the args.yaml of that run.
 
     Raises:
         UserError: unknown flag or key (with the nearest known one), wrong type, impossible combination.
     """
     parser = build_parser()
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    try:
-        line, unknown = parser.parse_known_args(argv)
-    except ValueError as e:  # ParseKwargs splits at the first =
-        raise UserError("--faim-cfg and --model-kwargs take KEY=VALUE, for example normalize=True") from e
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
-
-    recipe = line.config
-    if not (recipe or line.data_dir or line.dataset):
+    line = _parse_line(parser, argv)
+    if line.data and line.data_dir:
+        raise UserError(f"two folders of data: {line.data} and --data-dir {line.data_dir}. Give one of them")
+    recipe, skip, has_data = line.config, (), bool(line.data or line.data_dir or line.dataset)
+    if not recipe and line.resume not in ("", "auto"):
+        recipe, skip = _recipe_of_run(line.resume, has_data), ONE_LAUNCH
+    elif not (recipe or has_data):
         recipe = str(DEMO_RECIPE)
-    words = _recipe_words(parser, Path(recipe)) if recipe else []
-    args = parser.parse_args([*words, *argv])
-    args.config = recipe
+    # The last word keeps a positional DIR from becoming a value of the recipe's last list.
+    words = [*_recipe_words(parser, Path(recipe), skip), f"--config={recipe}"] if recipe else []
+    args = _parse_line(parser, [*words, *argv])
+    args.config, args.data_dir = recipe, args.data or args.data_dir
+    del args.data
 
     if not is_faim(args.model):
         given = [key for key in FAIM_ONLY if any(w.split("=")[0] == _flag(key) for w in argv)]
@@ -186,8 +52,28 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                             f"Use --model faim_{args.model} or leave {_flag(given[0])} out")
         for key in FAIM_ONLY:
             setattr(args, key, parser.get_default(key))
-    _check(args)
+    if args.eval_only:
+        _choose_evaluated(args, line.experiment)
+    _complete(args)
+    _check_values(args)
+    _check_combinations(args)
     return args
+
+
+def _choose_evaluated(args: argparse.Namespace, experiment: str) -> None:
+    """--eval-only opens trained weights: of the run that --resume names, of --initial-checkpoint, or of --model.
+
+    `experiment` is that of the command line: the run's own folder is not the evaluation's.
+    """
+    args.experiment, args.head_init_scale, args.head_init_bias = experiment, None, None
+    if args.resume == "auto":
+        raise UserError("--eval-only with --resume auto does not say what to evaluate. Name the run folder")
+    if args.resume:
+        folder = Path(args.resume).absolute()
+        folder = folder.parents[1] if folder.name.startswith("checkpoint-") else folder
+        args.model, args.resume, args.initial_checkpoint, args.pretrained_path = f"local-dir:{folder}", "", "", None
+        args.faim_cfg, args.model_kwargs = None, {}
+    args.pretrained = not args.initial_checkpoint
 
 
 def is_faim(model_name: str) -> bool:
@@ -200,12 +86,55 @@ def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(args).items() if value is not None and key != "config"}
 
 
+def dataset_type(args: argparse.Namespace) -> str:
+    """What stands before the slash in --dataset: hfds, wds, torch and so on; empty for an image folder."""
+    prefix, slash, _ = args.dataset.partition("/")
+    return prefix.lower() if slash else ""
+
+
+def mixes_images(args: argparse.Namespace) -> bool:
+    """Whether mixup or cutmix is on, so that targets are soft."""
+    return bool(args.mixup or args.cutmix or args.cutmix_minmax)
+
+
+def loss_name(args: argparse.Namespace) -> str:
+    """The loss by timm's name, whichever flag chose it."""
+    return args.loss or ("bce" if args.bce_loss or args.multi_label and not args.jsd_loss else
+                         "jsd" if args.jsd_loss else "ce")
+
+
 def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _recipe_words(parser: Parser, path: Path) -> list[str]:
-    """Command-line words that say what the recipe says."""
+def _parse_line(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    try:
+        args, unknown = parser.parse_known_args(words)
+    except ValueError as e:  # ParseKwargs splits at the first =
+        raise UserError("--faim-cfg, --model-kwargs and --opt-kwargs take KEY=VALUE, for example normalize=True") from e
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        word = next((word for word in unknown if word.startswith("-")), None)
+        if word is None:
+            raise UserError(f"cannot place {unknown[0]!r}: one folder of data is expected, or a flag (--help)")
+        raise UserError(f"unknown option {word}.{did_you_mean(word.split('=')[0], flags)}")
+    return args
+
+
+def _recipe_of_run(resume: str, has_data: bool) -> str | None:
+    """args.yaml of the run folder that --resume names, directly or by one of its checkpoints."""
+    folder = Path(resume)
+    for path in (folder, *folder.absolute().parents[:2]) if folder.name.startswith("checkpoint-") else (folder,):
+        if (path / "args.yaml").is_file():
+            return str(path / "args.yaml")
+    if has_data:
+        return None
+    raise UserError(f"--resume {resume}: no args.yaml there. Name a run folder or a checkpoint in it, or say how "
+                    "to train with --config or --data-dir")
+
+
+def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[str]:
+    """Command-line words that say what the recipe says, without the keys in `skip`."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -216,21 +145,19 @@ def _recipe_words(parser: Parser, path: Path) -> list[str]:
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `key: value` lines, got {type(recipe).__name__}")
 
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
     words: list[str] = []
     for key, value in recipe.items():
         if key not in actions:
             raise UserError(f"unknown key {key!r} in {path}.{did_you_mean(str(key), actions)}")
-        if value is None:
+        if value is None or key in skip:
             continue
         action, flag = actions[key], _flag(key)
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{key} in {path} must be true or false, got {value!r}")
-            if value:
-                words.append(flag)
-            elif isinstance(action, _Flag):
-                words.append(f"--no-{flag[2:]}")
+            word = switch(action, value)
+            words += [word] if word else []
         elif isinstance(value, dict):
             words += [flag, *(f"{k}={v!r}" for k, v in value.items())]
         elif isinstance(value, list):
@@ -240,20 +167,147 @@ def _recipe_words(parser: Parser, path: Path) -> list[str]:
     return words
 
 
-def _check(args: argparse.Namespace) -> None:
+def _complete(args: argparse.Namespace) -> None:
+    """Defaults that follow from other options, and one spelling of what can be said in two ways."""
+    if args.smoothing is None:
+        args.smoothing = 0.0 if args.multi_label else 0.1
+    if args.eval_metric is None:
+        args.eval_metric = "loss" if not args.val_split else _evaluator(args).default_metric
+    if args.stages and not any(args.stages):
+        args.stages = None
+    for key in ("cutmix_minmax", "freeze", "lr_noise"):  # an empty list takes back what a recipe gives
+        setattr(args, key, getattr(args, key) or None)
+
+
+def _evaluator(args: argparse.Namespace) -> type[ClassificationEvaluator]:
+    return MultiLabelClassificationEvaluator if args.multi_label else ClassificationEvaluator
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Each value by itself."""
     at_least_one = ("num_classes", "batch_size", "validation_batch_size", "epochs", "grad_accum_steps", "log_interval",
-                    "in_chans", "img_size", "cpu_threads")
-    for key in at_least_one:
-        value = getattr(args, key)
-        if value is not None and value < 1:
-            raise UserError(f"{_flag(key)} must be at least 1, got {value}")
-    for key in ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix"):
-        if getattr(args, key) < 0:
-            raise UserError(f"{_flag(key)} must not be negative, got {getattr(args, key)}")
+                    "in_chans", "img_size", "cpu_threads", "train_num_samples", "val_num_samples", "train_last",
+                    "val_interval", "checkpoint_hist", "stop_epoch", "kd_student_feature_dim", "kd_teacher_feature_dim",
+                    "lr_cycle_limit", "recount")
+    not_negative = ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "cache_views",
+                    "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats")
+    positive = ("lr_scale_backbone", "lr_scale_mu", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda",
+                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul")
+    shares = ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "color_jitter_prob", "grayscale_prob",
+              "gaussian_blur_prob", "smoothing", "bce_target_thresh")
+    for keys, holds, rule in (
+        (at_least_one, lambda v: v >= 1, "be at least 1"), (not_negative, lambda v: v >= 0, "not be negative"),
+        (positive, lambda v: v > 0, "be greater than 0"), (shares, lambda v: 0 <= v <= 1, "lie in 0..1"),
+    ):
+        for key in keys:
+            value = getattr(args, key)
+            if value is not None and not holds(value):
+                raise UserError(f"{_flag(key)} must {rule}, got {value}")
+    if not 0 < args.multilabel_threshold < 1:
+        raise UserError(f"--multilabel-threshold must lie between 0 and 1, got {args.multilabel_threshold}")
+    if args.aug_splits < 0 or args.aug_splits == 1:
+        raise UserError(f"--aug-splits must be 0 or at least 2, got {args.aug_splits}")
+    if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1]
+                                   <= 1):
+        raise UserError(f"--cutmix-minmax takes MIN < MAX in 0..1, got {_join(args.cutmix_minmax)}")
+    if args.lr_noise and len(args.lr_noise) > 2:
+        raise UserError(f"--lr-noise takes one or two shares of the run, got {_join(args.lr_noise)}")
+    if args.stages and min(args.stages) < 0:
+        raise UserError(f"--stages must not be negative, got {_join(args.stages)}")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} leaves none of the {args.epochs} epochs. Raise --epochs")
     if args.torchcompile and args.torchcompile.upper() not in DynamoBackend.__members__:
         raise UserError(f"unknown --torchcompile {args.torchcompile}."
                         f"{did_you_mean(args.torchcompile, [b.lower() for b in DynamoBackend.__members__])}")
+    metrics = _evaluator(args).metric_names
+    if args.eval_metric not in metrics:
+        raise UserError(f"--eval-metric {args.eval_metric} is not computed. Choose one of {', '.join(metrics)}")
+    for name in args.log_with:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"unknown --log-with {name}.{did_you_mean(name, LOGGER_TYPE_TO_CLASS)} "
+                            f"Accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}")
     if not (args.data_dir or args.dataset):
-        raise UserError(f"no data: give --data-dir or --dataset, on the command line or in {args.config}")
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise UserError(f"--mixup and --cutmix pair up images: --batch-size must be even, got {args.batch_size}")
+        raise UserError("no data: give --data-dir or --dataset, on the command line or in "
+                        f"{args.config or 'a recipe'}")
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    """Options that need or exclude each other; the first rule that is broken is the error."""
+    loss, mixes, splits = loss_name(args), mixes_images(args), args.aug_splits > 1
+    kind = dataset_type(args)
+    chosen = [flag for flag, on in (("--loss", args.loss), ("--bce-loss", args.bce_loss), ("--jsd-loss", args.jsd_loss))
+              if on]
+    partly = [flag for flag, on in (("--freeze", args.freeze), ("--head-only", args.head_only),
+                                    ("--train-last", args.train_last is not None)) if on]
+    of_bce = [flag for flag, on in (("--bce-sum", args.bce_sum), ("--bce-target-thresh", args.bce_target_thresh),
+                                    ("--bce-pos-weight", args.bce_pos_weight)) if on]
+    of_wandb = [flag for flag, on in (("--wandb-project", args.wandb_project), ("--wandb-tags", args.wandb_tags),
+                                      ("--wandb-resume-id", args.wandb_resume_id)) if on]
+    of_teacher = [flag for flag, on in (("--distill-loss-weight", args.distill_loss_weight is not None),
+                                        ("--task-loss-weight", args.task_loss_weight is not None)) if on]
+    uncached = [flag for flag, on in (("--mixup and --cutmix", mixes), ("--aug-splits", splits),
+                                      ("--kd-model-name", args.kd_model_name), ("--fsdp", args.fsdp),
+                                      (f"--dataset {args.dataset}", kind in STREAMED)) if on]
+    rules = (
+        # data
+        (args.multi_label and kind not in WITH_FIELDS,
+         "--multi-label needs a data set whose images have several labels: --dataset hfds/, hfids/, wds/ or tfds/"),
+        (args.target_format != "indices" and not args.multi_label, "--target-format is for --multi-label"),
+        ((args.input_key or args.target_key) and kind not in WITH_FIELDS,
+         "--input-key and --target-key are for --dataset hfds/, hfids/, wds/ and tfds/. Leave them out"),
+        ((args.train_num_samples or args.val_num_samples) and kind not in STREAMED,
+         "--train-num-samples and --val-num-samples are for streamed data (hfids/, wds/, tfds/). Leave them out"),
+        (args.epoch_repeats and kind not in ("hfids", "tfds"),
+         "--epoch-repeats is for hfids/ and tfds/ data. Raise --epochs instead"),
+        (not args.val_split and args.eval_only, "--eval-only needs validation data: give --val-split"),
+        (not args.val_split and args.sched == "plateau",
+         "--sched plateau follows the validation: give --val-split or choose another --sched"),
+        # mixing and splitting
+        (mixes and args.batch_size % 2,
+         f"--mixup and --cutmix pair up images: --batch-size must be even, got {args.batch_size}"),
+        (mixes and splits, "--mixup and --cutmix do not go with --aug-splits. Choose one"),
+        (mixes and loss == "jsd", "--mixup and --cutmix do not go with the jsd loss. Choose one"),
+        (loss == "jsd" and not splits, "the jsd loss compares views of an image: give --aug-splits 2 or more"),
+        (splits and args.no_aug, "--aug-splits needs augmentation: leave --no-aug out"),
+        (splits and kind in STREAMED, f"--aug-splits does not go with streamed data (--dataset {args.dataset})"),
+        (args.aug_repeats and kind in STREAMED, f"--aug-repeats does not go with streamed data ({args.dataset})"),
+        (args.split_bn and not (splits or args.resplit),
+         "--split-bn needs a split batch: give --aug-splits 2 or more, or --resplit"),
+        (args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other"),
+        (args.split_bn and not splits and args.batch_size % 2,
+         f"--split-bn halves the batch: --batch-size must be even, got {args.batch_size}"),
+        (args.mixup_off_epoch and not mixes, "--mixup-off-epoch needs --mixup or --cutmix"),
+        # loss
+        (len(chosen) > 1, f"{' and '.join(chosen)} exclude each other"),
+        (of_bce and loss != "bce", f"{_join(of_bce[:1])} is an option of the bce loss: give --loss bce"),
+        (loss in ("twoway", "zlpr") and not args.multi_label, f"--loss {loss} needs --multi-label"),
+        (loss in ("twoway", "zlpr") and (args.smoothing or mixes),
+         f"--loss {loss} takes targets 0 and 1: no --smoothing, --mixup or --cutmix"),
+        (loss == "asl" and mixes and not args.multi_label, "--loss asl does not go with --mixup and --cutmix"),
+        (loss in ("ce", "jsd") and args.multi_label, f"--multi-label does not go with the {loss} loss"),
+        (args.head_init == "data" and args.multi_label, "--head-init data does not go with --multi-label"),
+        (args.kd_model_name and args.multi_label, "--kd-model-name does not go with --multi-label"),
+        (of_teacher and not args.kd_model_name, f"{_join(of_teacher[:1])} needs a teacher: give --kd-model-name"),
+        # what learns
+        (len(partly) > 1, f"{' and '.join(partly)} exclude each other"),
+        (args.freeze_gamma and not (args.stages and args.stages[0]),
+         "--freeze-gamma is for the warm-up stage: give --stages WARMUP TUNE"),
+        (args.cache_features and not args.head_only, "--cache-features needs a backbone that stays: give --head-only"),
+        (args.cache_views and not args.cache_features, "--cache-views needs --cache-features"),
+        (args.cache_features and uncached, f"--cache-features does not go with {_join(uncached[:1])}"),
+        # precision and processes
+        (args.amp and args.model_dtype not in (None, "float32"),
+         f"--amp needs weights in float32: leave --model-dtype {args.model_dtype} out"),
+        (args.torchcompile_mode and not args.torchcompile, "--torchcompile-mode needs --torchcompile"),
+        (args.fsdp and args.model_ema, "--model-ema does not work under --fsdp. Leave one of them out"),
+        # logging
+        (of_wandb and not (args.log_wandb or "wandb" in args.log_with), f"{_join(of_wandb[:1])} needs --log-wandb"),
+        (args.wandb_resume_id and not args.resume, "--wandb-resume-id needs --resume"),
+    )
+    for broken, message in rules:
+        if broken:
+            raise UserError(message)
+
+
+def _join(values: Sequence[Any]) -> str:
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)

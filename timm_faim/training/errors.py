@@ -1,8 +1,16 @@
 """Errors that a person can mend, shown as one line instead of a traceback."""
+import argparse
 import difflib
+import errno
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -18,6 +26,11 @@ class RankError(UserError):
     """A `UserError` that one process alone may have met, so that one reports it whatever its rank."""
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process of the group is gone."""
+    return any(words in str(error) for words in ("onnection closed by peer", "Connection reset by peer"))
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """A phrase with the nearest known names, or an empty string when nothing comes near."""
     nearest = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
@@ -30,3 +43,25 @@ def report(error: UserError) -> None:
     if isinstance(error, RankError) or local_rank == "0":
         where = f" (process {rank})" if isinstance(error, RankError) and "RANK" in os.environ else ""
         print(f"train_faim: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resource_advice(args: argparse.Namespace) -> Iterator[None]:
+    """Turn "out of memory" and "disk full" within the block into a `RankError` that says what to try."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not should_reduce_batch_size(e):
+            raise
+        half, twice = max(1, args.batch_size // 2), 2 * args.grad_accum_steps
+        raise RankError(
+            f"out of memory with --batch-size {args.batch_size}. Try --batch-size {half} --grad-accum-steps {twice}, "
+            "the same number of images an update, or --grad-checkpointing, --amp --amp-dtype bfloat16, or a smaller "
+            "--img-size") from e
+    except (OSError, SafetensorError) as e:
+        if not any(os.strerror(number) in str(e) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+            raise
+        output = Path(args.output)
+        free = shutil.disk_usage(output if output.exists() else ".").free / 2**20
+        raise RankError(f"cannot write to the run folder: {' '.join(str(e).split())} ({free:.0f} MiB free in {output})."
+                        " What was saved before is kept; free some space and go on with --resume auto") from e

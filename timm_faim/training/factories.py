@@ -1,39 +1,31 @@
-"""Model, loss, mixing, optimiser and schedule, all made by timm's factories from the options."""
+"""Model, optimiser and schedule, all made by timm's factories from the options; loss and task are in `tasks.py`."""
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
-from timm.data import Mixup, resolve_data_config
+from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.loss import create_classification_loss
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_faim import TargetMargin, faim_heads, fit_heads
+from timm_faim import faim_heads, fit_heads
 from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.tasks import build_criterion, build_mixup, build_task
+
+__all__ = ["build_criterion", "build_data_config", "build_mixup", "build_model", "build_optimizer", "build_scheduler",
+           "build_task", "check_model_name", "fit_heads_to", "input_channels", "sync_batch_norm"]
 
 # timm's rule: optimisers with per-parameter step sizes scale their rate with the root of the batch.
 ADAPTIVE = ("ada", "lamb")
 
-
-def share_out_cores(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """On the CPU, give each process its share of the cores.
-
-    `accelerate launch` sets one thread a process unless told otherwise; a number that a person chose stands.
-    """
-    if accelerator.device.type != "cpu":
-        return
-    chosen = args.cpu_threads
-    if chosen is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        chosen = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
-    if chosen is not None:
-        torch.set_num_threads(chosen)
+# Options that are arguments of timm's models by another name; None stays the model's own default.
+ARGUMENTS = {"gp": "global_pool", "drop": "drop_rate", "drop_path": "drop_path_rate", "drop_block": "drop_block_rate",
+             "bn_momentum": "bn_momentum", "bn_eps": "bn_eps"}
 
 
 def check_model_name(name: str) -> None:
@@ -50,32 +42,76 @@ def input_channels(args: argparse.Namespace) -> int:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
-    """The model in float32 on the CPU.
+    """The model on the CPU, in float32 or --model-dtype.
 
     Raises:
         UserError: whatever timm or the head says about the name, the head's options or the model's arguments.
     """
     check_model_name(args.model)
-    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
-        raise UserError(f"--initial-checkpoint {args.initial_checkpoint} is no file")
-    given = dict(
-        args.model_kwargs, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-        faim_cfg=args.faim_cfg,
-    )
+    for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
+        if path and not Path(path).is_file():
+            raise UserError(f"{flag} {path} is no file")
+    set_fast_norm(args.fast_norm)
+    given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=args.faim_cfg)
+    given.update((key, getattr(args, option)) for option, key in ARGUMENTS.items() if getattr(args, option) is not None)
+    if args.pretrained_path:  # -1 classes: the classifier is left out unless it fits, as with timm's own weights
+        given["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
     try:
         sized = resolve_model_input_args(args.model, vars(args), **given)
         # Only the input arguments: the name stays as given, with its pretrained tag or its folder.
         given.update({key: sized[key] for key in ("in_chans", "img_size") if key in sized})
-        model = timm.create_model(args.model, pretrained=args.pretrained, **given)
+        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **given)
         if args.initial_checkpoint:
             load_checkpoint(model, args.initial_checkpoint)
     except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as e:
-        raise UserError(f"cannot create {args.model}: {' '.join(str(e).split())}") from e
+        reason = " ".join(str(e).split())
+        for option, key in ARGUMENTS.items():
+            if f"unexpected keyword argument '{key}'" in reason:
+                flag = option.replace("_", "-")
+                raise UserError(f"{args.model} does not take --{flag}. Leave it out, or choose another model") from e
+        raise UserError(f"cannot create {args.model}: {reason}") from e
+    _init_linear_head(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.model_dtype:
+        model = model.to(getattr(torch, args.model_dtype))
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def sync_batch_norm(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """The model with batch norm over all processes under --sync-bn; --dist-bn has nothing left to do then.
+
+    Raises:
+        UserError: several processes on the CPU, which PyTorch's synchronised batch norm does not support.
+    """
+    if not args.sync_bn or accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == "cpu":
+        raise UserError("--sync-bn works on GPUs only. Leave it out: --dist-bn reduce averages the statistics")
+    args.dist_bn = ""
+    return convert_sync_batchnorm(model)
+
+
+def _init_linear_head(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    flags = [flag for flag, value in (("--head-init-scale", args.head_init_scale),
+                                      ("--head-init-bias", args.head_init_bias)) if value is not None]
+    if not flags:
+        return
+    if faim_heads(model):
+        raise UserError(f"{flags[0]} is for linear classifiers, and {args.model} has a FAIM head. Leave it out; "
+                        "--faim-cfg scale_init=... sets the size of the logits")
+    classifiers = model.get_classifier()
+    for layer in classifiers if isinstance(classifiers, (tuple, list)) else [classifiers]:
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                for parameter in layer.parameters():
+                    parameter.mul_(args.head_init_scale)
+            if args.head_init_bias is not None and layer.bias is not None:
+                layer.bias.fill_(args.head_init_bias)
 
 
 def build_data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
@@ -102,24 +138,6 @@ def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator)
         raise UserError(f"--head-init data: {e}") from e
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup/cutmix, or None when both are off."""
-    if not (args.mixup or args.cutmix):
-        return None
-    return Mixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes,
-    )
-
-
-def build_criterion(args: argparse.Namespace, model: torch.nn.Module) -> torch.nn.Module:
-    """Training loss of (logits [B, C], target [B] or [B, C]), with the margin of the model's FAIM heads."""
-    criterion = create_classification_loss(
-        "bce" if args.bce_loss else "ce", smoothing=args.smoothing, soft_targets=bool(args.mixup or args.cutmix),
-    )
-    return TargetMargin(criterion, model) if faim_heads(model) else criterion
-
-
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, processes: int) -> torch.optim.Optimizer:
     """timm's optimiser; without --lr the rate follows the global batch as in timm."""
     if args.lr is None:
@@ -127,17 +145,23 @@ def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, processes:
         rule = args.lr_base_scale or ("sqrt" if any(name in args.opt.lower() for name in ADAPTIVE) else "linear")
         args.lr = args.lr_base * (ratio**0.5 if rule == "sqrt" else ratio)
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(args))
-    except ValueError as e:
-        if args.opt not in list_optimizers():
+        return create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
+    except (ValueError, TypeError, AssertionError) as e:
+        if args.opt not in list_optimizers() and isinstance(e, ValueError):
             raise UserError(f"unknown --opt {args.opt}.{did_you_mean(args.opt, list_optimizers())}") from e
-        raise UserError(f"--opt {args.opt}: {e}") from e
+        raise UserError(f"--opt {args.opt}: {' '.join(str(e).split())}") from e
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, batches: int) -> tuple[Any, int]:
     """timm's schedule (None for --sched none) and the number of epochs with warm-up and cool-down.
 
     `batches` is the number of training batches an epoch in this process.
+
+    Raises:
+        UserError: lengths that do not go together, for example a decay longer than the run.
     """
     updates = -(-batches // args.grad_accum_steps)
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    try:
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    except (ValueError, AssertionError) as e:
+        raise UserError(f"--sched {args.sched}: {' '.join(str(e).split())}") from e

@@ -1,0 +1,325 @@
+"""The flags of train_faim.py: those of timm's train.py under timm's names, and a few of our own.
+
+docs/training.md lists timm's flags one by one, with what became of each.
+"""
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from timm.utils import ParseKwargs
+
+from timm_faim.training.errors import UserError
+
+# Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
+FAIM_ONLY = ("faim_cfg", "head_init", "damp_epochs", "stages", "freeze_gamma", "lr_scale_metric", "lr_scale_scalars",
+             "lr_scale_lambda")
+
+# Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
+ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` instead of printing the whole usage before the message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists every option)")
+
+
+class _Flag(argparse.BooleanOptionalAction):
+    """`--x` and `--no-x`, so that the command line can switch off what a recipe switches on."""
+
+
+class _Off(argparse.Action):
+    """timm's flags `--no-x`, and `--x` to take one back that a recipe gives. The destination is `no_x`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        (flag,) = option_strings
+        super().__init__([flag, flag.replace("--no-", "--")], dest, nargs=0, default=False, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        setattr(namespace, self.dest, str(option_string).startswith("--no-"))
+
+
+def switch(action: argparse.Action, value: bool) -> str | None:
+    """The word that gives a flag without a value the value `value`; None for its default."""
+    name = action.dest.replace("_", "-")
+    if value:
+        return f"--{name}"
+    return f"--no-{name}" if isinstance(action, _Flag) else None
+
+
+def build_parser() -> Parser:
+    """The parser; its destinations are the keys of a recipe."""
+    parser = Parser(
+        prog="train_faim.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a FAIM model, or any timm model, on real images. Without data options it trains on the "
+                    "bundled Omniglot characters.",
+    )
+    parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
+    parser.add_argument("-c", "--config", metavar="YAML", help="recipe: flag names with underscores as keys")
+    for add_group in (_data, _model, _faim, _freezing, _input, _augmentation, _mixing, _loss, _distillation, _optimiser,
+                      _schedule, _device, _run, _resume, _logging):
+        add_group(parser)
+    return parser
+
+
+def _data(parser: Parser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", metavar="DIR", help="folder with train/ and val/, one folder of images per class in each; "
+                                          "or tar files, with --train-split train.tar --val-split val.tar")
+    add("--dataset", default="", metavar="TYPE/NAME",
+        help="hfds/, hfids/ (streamed), wds/, tfds/ or torch/ and a name; empty: image folder or tar; omniglot242: the "
+             "bundled data")
+    add("--dataset-download", action=_Flag, default=False,
+        help="let a torch/ or tfds/ data set download itself, a hfids/ one download before it streams")
+    add("--dataset-trust-remote-code", action=_Flag, default=False, help="let a hfds/ data set run its loading script")
+    add("--train-split", default="train", metavar="NAME", help="training split or folder")
+    add("--val-split", default="validation", metavar="NAME", help="validation split or folder; empty: no validation")
+    add("--train-num-samples", type=int, metavar="N", help="training images of a streamed data set")
+    add("--val-num-samples", type=int, metavar="N", help="validation images of a streamed data set")
+    add("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
+    add("--input-img-mode", metavar="MODE", help="PIL mode of the images (default: L for one channel, else RGB)")
+    add("--input-key", metavar="KEY", help="field of the image in a hfds/, hfids/, wds/ or tfds/ data set")
+    add("--target-key", metavar="KEY", help="field of the label; several joined by commas: one class each")
+    add("--multi-label", action=_Flag, default=False,
+        help="any number of classes per image: targets are lists of indices, or as --target-format says")
+    add("--target-format", default="indices", choices=("indices", "multihot"), help="form of multi-label targets")
+    add("--multilabel-threshold", type=float, default=0.5, metavar="P", help="probability from which a label counts")
+    add("--skip-unreadable", action=_Flag, default=False,
+        help="go on without images that cannot be read, and count them; otherwise they are an error")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes per training process")
+
+
+def _model(parser: Parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="faim_resnet50", metavar="NAME", help="a timm name with the prefix faim_, or without it")
+    add("--pretrained", action=_Flag, default=False, help="start from timm's pretrained weights")
+    add("--pretrained-path", metavar="FILE", help="start from this file as if it were the pretrained weights")
+    add("--initial-checkpoint", default="", metavar="FILE", help="load these weights into the new model")
+    add("--num-classes", type=int, metavar="N", help="number of classes (default: that of the data)")
+    add("--gp", metavar="POOL", help="global pooling, for example avg, max, avgmax, catavgmax (default: the model's)")
+    add("--drop", type=float, metavar="P", help="dropout before the classifier (default: the model's)")
+    add("--drop-path", type=float, metavar="P", help="stochastic depth")
+    add("--drop-block", type=float, metavar="P", help="DropBlock, for ResNet's family")
+    add("--bn-momentum", type=float, metavar="M", help="batch-norm momentum, for EfficientNet's family")
+    add("--bn-eps", type=float, metavar="EPS", help="batch-norm epsilon, for EfficientNet's family")
+    add("--head-init-scale", type=float, metavar="F", help="factor on a linear classifier's initial weights")
+    add("--head-init-bias", type=float, metavar="B", help="a linear classifier's initial bias")
+    add("--model-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE",
+        help="further arguments of timm.create_model")
+    add("--grad-checkpointing", action=_Flag, default=False, help="recompute activations to save memory")
+    add("--channels-last", action=_Flag, default=False, help="channels-last memory layout")
+    add("--fast-norm", action=_Flag, default=False, help="norm layers in low precision under --amp")
+
+
+def _faim(parser: Parser) -> None:
+    add = parser.add_argument_group("FAIM head").add_argument
+    add("--faim-cfg", nargs="*", action=ParseKwargs, default=None, metavar="KEY=VALUE",
+        help="options of the head, for example normalize=True margin=0.2; replaces those of the recipe")
+    add("--head-init", choices=("random", "data"), default="random",
+        help="data: class means and within-class variance of the backbone's features")
+    add("--damp-epochs", type=int, default=0, metavar="N", help="fade the 1-form in over the first N epochs")
+    add("--stages", type=float, nargs=2, metavar=("WARMUP", "TUNE"),
+        help="epochs of the stages warm-up (metric frozen, no label smoothing) and tune-metric (rate of the metric "
+             "rises), fractions of the run below 1; 0 skips a stage, 0 0 all")
+    add("--freeze-gamma", action=_Flag, default=False, help="freeze γ in the warm-up stage too")
+
+
+def _freezing(parser: Parser) -> None:
+    add = parser.add_argument_group("what learns, and how fast").add_argument
+    add("--freeze", nargs="*", metavar="GLOB", help="freeze the modules of these names, for example layer1 'blocks.*'")
+    add("--head-only", action=_Flag, default=False, help="train the classifier only")
+    add("--train-last", type=int, metavar="N", help="train the classifier, the last N blocks and the norm after them")
+    add("--cache-features", action=_Flag, default=False, help="with --head-only: compute the features once")
+    add("--cache-views", type=int, default=0, metavar="N",
+        help="augmented views per image to cache; 0: one view without augmentation")
+    for part, of in (("backbone", "the backbone"), ("mu", "the prototypes μ, or a plain model's classifier"),
+                     ("metric", "Σ and β"), ("scalars", "λ, γ and the prior")):
+        add(f"--lr-scale-{part}", type=float, default=1.0, metavar="F", help=f"factor on the learning rate of {of}")
+    add("--lr-scale-lambda", type=float, metavar="F", help="the same of λ alone (default: --lr-scale-scalars)")
+
+
+def _input(parser: Parser) -> None:
+    add = parser.add_argument_group("input size and normalisation (default: the model's)").add_argument
+    add("--img-size", type=int, metavar="N", help="height and width in pixels")
+    add("--in-chans", type=int, metavar="N", help="input channels")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="channels, height and width")
+    add("--crop-pct", type=float, metavar="P", help="share of the resized image kept in validation")
+    add("--mean", type=float, nargs="+", metavar="M", help="mean of the pixels, per channel, in 0..1")
+    add("--std", type=float, nargs="+", metavar="S", help="standard deviation of the pixels, per channel")
+    add("--interpolation", default="", help="resize interpolation in validation")
+    add("--train-interpolation", default="random", choices=("random", "bilinear", "bicubic", ""),
+        help="the same in training; empty: as in validation")
+
+
+def _augmentation(parser: Parser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-aug", action=_Off, help="resize and crop only (--affine still applies)")
+    add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="random crop (default: rrc, random resized crop)")
+    add("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"), help="share of area kept by crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="aspect ratio of the crop")
+    add("--hflip", type=float, default=0.5, metavar="P", help="horizontal flip")
+    add("--vflip", type=float, default=0.0, metavar="P", help="vertical flip")
+    add("--color-jitter", type=float, default=0.4, metavar="F", help="colour jitter; 0 is off")
+    add("--color-jitter-prob", type=float, metavar="P", help="probability of colour jitter (default: always)")
+    add("--grayscale-prob", type=float, metavar="P", help="probability of a grey image")
+    add("--gaussian-blur-prob", type=float, metavar="P", help="probability of blur")
+    add("--aa", metavar="POLICY", help="AutoAugment, RandAugment or AugMix policy, for example rand-m9-mstd0.5")
+    add("--affine", type=float, nargs=4, metavar=("DEG", "TRANSLATE", "SCALE", "SHEAR"),
+        help="random affine map before the crop: rotation up to DEG degrees, shift up to a share TRANSLATE of the "
+             "size, scale within 1 -+ SCALE, shear up to SHEAR degrees")
+    add("--affine-fill", type=int, metavar="V", help="grey value 0..255 outside the image (default: the mean)")
+    add("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"), help="random erasing mode")
+    add("--recount", type=int, default=1, metavar="N", help="random erasing count")
+    add("--resplit", action=_Flag, default=False, help="no random erasing in the first split, or half, of the batch")
+    add("--aug-repeats", type=float, default=0, metavar="N",
+        help="augmented copies of each image over the processes (several processes only)")
+    add("--aug-splits", type=int, default=0, metavar="N", help="views per image, the first one clean; 0 or at least 2")
+    add("--epoch-repeats", type=float, default=0.0, metavar="N", help="passes per epoch over hfids/ or tfds/ data")
+
+
+def _mixing(parser: Parser) -> None:
+    add = parser.add_argument_group("mixing images").add_argument
+    add("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup")
+    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix")
+    add("--cutmix-minmax", type=float, nargs="*", metavar="F", help="MIN MAX side of the pasted part; turns cutmix on")
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one mixing ratio")
+    add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing after N epochs; 0: never off")
+
+
+def _loss(parser: Parser) -> None:
+    add = parser.add_argument_group("loss").add_argument
+    add("--smoothing", type=float, metavar="S", help="label smoothing (default: 0.1; 0 with --multi-label)")
+    add("--loss", choices=("ce", "bce", "asl", "poly", "jsd", "twoway", "zlpr"),
+        help="timm's losses (default: ce; bce with --multi-label)")
+    add("--bce-loss", action=_Flag, default=False, help="the same as --loss bce")
+    add("--bce-sum", action=_Flag, default=False, help="sum the bce loss over the classes")
+    add("--bce-target-thresh", type=float, metavar="P", help="soft targets above P are 1 in the bce loss, others 0")
+    add("--bce-pos-weight", type=float, metavar="W", help="weight of the positives in the bce loss")
+    add("--jsd-loss", action=_Flag, default=False, help="the same as --loss jsd; needs --aug-splits")
+
+
+def _distillation(parser: Parser) -> None:
+    add = parser.add_argument_group("distillation").add_argument
+    add("--kd-model-name", metavar="NAME", help="teacher: a pretrained timm name, local-dir:RUN or hf-hub:NAME")
+    add("--kd-distill-type", default="logit", choices=("logit", "feature", "token"),
+        help="what is matched: logits, pooled features, or the distillation head of models like DeiT")
+    add("--kd-loss-type", default="kl", choices=("kl",), help="loss between logits")
+    add("--kd-temperature", type=float, default=4.0, metavar="T", help="temperature of the softmax")
+    add("--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="target of the distillation head")
+    add("--kd-student-feature-dim", type=int, metavar="D", help="width of the student's features (default: found)")
+    add("--kd-teacher-feature-dim", type=int, metavar="D", help="width of the teacher's features (default: found)")
+    add("--distill-loss-weight", type=float, metavar="W", help="weight of distillation (default: 1, or 1 - the other)")
+    add("--task-loss-weight", type=float, metavar="W", help="weight of the classification loss (default: 1)")
+
+
+def _optimiser(parser: Parser) -> None:
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--opt", default="sgd", help="optimiser")
+    add("--opt-eps", type=float, metavar="EPS", help="optimiser epsilon")
+    add("--opt-betas", type=float, nargs="+", metavar="B", help="optimiser betas")
+    add("--opt-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE",
+        help="further arguments of timm's create_optimizer_v2")
+    add("--momentum", type=float, default=0.9, help="optimiser momentum")
+    add("--weight-decay", type=float, default=2e-5, help="weight decay")
+    add("--clip-grad", type=float, metavar="NORM", help="gradient clipping")
+    add("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="gradient clipping mode")
+    add("--layer-decay", type=float, metavar="F", help="layer-wise learning-rate decay")
+    add("--layer-decay-min-scale", type=float, default=0.0, metavar="F", help="smallest factor of layer decay")
+    add("--layer-decay-no-opt-scale", type=float, metavar="F", help="do not train layers whose factor is below F")
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches per update")
+
+
+def _schedule(parser: Parser) -> None:
+    add = parser.add_argument_group("learning rate and schedule").add_argument
+    add("--lr", type=float, help="learning rate; overrides --lr-base")
+    add("--lr-base", type=float, default=0.1, help="learning rate for a global batch of --lr-base-size")
+    add("--lr-base-size", type=int, default=256, metavar="N", help="global batch size of --lr-base")
+    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"),
+        help="how the rate follows the batch (empty: sqrt for Adam's family and LAMB, else linear)")
+    add("--sched", default="cosine", help="schedule",
+        choices=("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none"))
+    add("--sched-on-updates", action=_Flag, default=False, help="step the schedule after every update")
+    add("--epochs", type=int, default=300, help="epochs")
+    add("--min-lr", type=float, default=0.0, help="lowest learning rate")
+    add("--warmup-lr", type=float, default=1e-5, help="learning rate at the start of the warm-up")
+    add("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
+    add("--warmup-prefix", action=_Flag, default=False, help="do not count the warm-up in --epochs")
+    add("--cooldown-epochs", type=int, default=0, help="epochs at the lowest rate after the schedule")
+    add("--decay-epochs", type=float, default=90, help="interval of step decay, length of the decay of wsd and rsqrt")
+    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of multistep decay")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="decay rate")
+    add("--patience-epochs", type=int, default=10, help="patience of plateau")
+    add("--lr-noise", type=float, nargs="*", metavar="F", help="noise on the rate from, or between, shares of the run")
+    add("--lr-noise-pct", type=float, default=0.67, metavar="F", help="limit of the noise")
+    add("--lr-noise-std", type=float, default=1.0, metavar="S", help="standard deviation of the noise")
+    add("--lr-cycle-mul", type=float, default=1.0, metavar="F", help="factor on the length of each next cycle")
+    add("--lr-cycle-decay", type=float, default=0.5, metavar="F", help="factor on the rate of each next cycle")
+    add("--lr-cycle-limit", type=int, default=1, metavar="N", help="number of cycles")
+    add("--lr-k-decay", type=float, default=1.0, metavar="K", help="k-decay of cosine and poly")
+    add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help="decay of wsd and rsqrt")
+    add("--lr-stable-timescale", type=float, metavar="N", help="timescale of rsqrt in epochs (default: the warm-up)")
+
+
+def _device(parser: Parser) -> None:
+    add = parser.add_argument_group("precision, processes and batch norm").add_argument
+    add("--amp", action=_Flag, default=False, help="mixed precision (default: what `accelerate launch` says)")
+    add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="low precision type of --amp")
+    add("--model-dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights, without --amp")
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile")
+    add("--torchcompile-mode", choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="mode of torch.compile")
+    add("--fsdp", action=_Flag, default=False, help="shard parameters, gradients and optimiser over the processes")
+    add("--no-ddp-bb", action=_Off, help="do not broadcast buffers before every step")
+    add("--sync-bn", action=_Flag, default=False, help="batch norm over the batches of all processes (GPUs only)")
+    add("--dist-bn", default="reduce", choices=("reduce", "broadcast", ""),
+        help="how processes agree on batch-norm statistics before an evaluation")
+    add("--split-bn", action=_Flag, default=False, help="separate batch norm for each split of the batch")
+    add("--cpu-threads", type=int, metavar="N",
+        help="threads per process on the CPU (default: the cores shared out; `accelerate launch` alone leaves one)")
+
+
+def _run(parser: Parser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("-b", "--batch-size", type=int, default=128, metavar="N", help="images per process and step")
+    add("-vb", "--validation-batch-size", type=int, metavar="N", help="the same in validation")
+    add("--model-ema", action=_Flag, default=False, help="average the weights; the average is evaluated and saved")
+    add("--model-ema-decay", type=float, default=0.9998, help="decay of the average")
+    add("--model-ema-warmup", action=_Flag, default=False, help="raise the decay over the first updates")
+    add("--seed", type=int, default=42, help="random seed; each sample draws from its place in the run")
+    add("--output", default="./output", metavar="DIR", help="folder of runs")
+    add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")
+    add("--val-interval", type=int, default=1, metavar="N", help="epochs between validations")
+    add("--eval-metric", metavar="NAME",
+        help="what makes an epoch the best: top1, top5 or loss, or with --multi-label map, micro_f1, macro_f1, "
+             "sample_f1 or loss (default: top1, map, or loss without validation)")
+    add("--eval-only", action=_Flag, default=False, help="evaluate on the validation data, do not train")
+    add("--dry-run", action=_Flag, default=False,
+        help="try two updates and a validation batch, and tell what the run would do")
+
+
+def _resume(parser: Parser) -> None:
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--resume", default="", metavar="PATH",
+        help="go on from a run folder or one of its checkpoints; without --config its args.yaml is the recipe. auto: "
+             "from the unfinished run with these options, if there is one")
+    add("--no-resume-opt", action=_Off, help="resume without the state of the optimiser")
+    add("--start-epoch", type=int, metavar="N", help="number of the first epoch, from 0 (default: 0, or as resumed)")
+    add("--stop-epoch", type=int, metavar="N", help="stop when N epochs are done, to be resumed later")
+    add("--recovery-interval", type=int, default=0, metavar="N", help="updates between checkpoints within an epoch")
+    add("--checkpoint-hist", type=int, default=10, metavar="N", help="number of best epochs whose weights are kept")
+
+
+def _logging(parser: Parser) -> None:
+    add = parser.add_argument_group("logging").add_argument
+    add("--log-interval", type=int, default=50, metavar="N", help="steps between updates of the progress bar")
+    add("--log-with", nargs="*", default=[], metavar="NAME", help="trackers, for example tensorboard wandb mlflow")
+    add("--project-name", metavar="NAME", help="project of the trackers")
+    add("--log-wandb", action=_Flag, default=False, help="the same as --log-with wandb")
+    add("--wandb-project", metavar="NAME", help="project of wandb (default: --project-name)")
+    add("--wandb-tags", nargs="*", default=[], metavar="TAG", help="tags of the run in wandb")
+    add("--wandb-resume-id", default="", metavar="ID", help="with --resume: the run's id in wandb")
+    add("--report", action=_Flag, default=True, help="write an HTML page about the run")
