@@ -3,137 +3,136 @@
 
     accelerate launch train_faim.py                                       # the bundled Omniglot characters
     accelerate launch train_faim.py --data-dir DIR --model faim_resnet50 --pretrained
+    accelerate launch train_faim.py ... --resume auto                     # go on where a run was interrupted
     python train_faim.py --model resnet10t                                # the linear baseline, same script
+    accelerate launch train_faim.py --eval-only --resume output/RUN       # or --model local-dir:… --data-dir DIR
 
-The run folder gets summary.csv, learning_curve.png, args.yaml, config.json, last.safetensors and
-model_best.safetensors.
+The run folder gets summary.csv, learning_curve.png, report.html, args.yaml, config.json, last.safetensors,
+model_best.safetensors, top/ with the best epochs and checkpoints/ to resume from.
 """
+import argparse
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from timm.utils import random_seed
 
-from timm_faim import faim_heads, set_damping
-from timm_faim.training import factories
-from timm_faim.training.args import parse_args
-from timm_faim.training.checkpoint import BEST, save_config, save_weights
-from timm_faim.training.data import build_fit_loader, build_loaders, count_unreadable, open_datasets, set_epoch
-from timm_faim.training.errors import UserError, report
-from timm_faim.training.files import create_run_folder
-from timm_faim.training.loop import evaluate, train_one_epoch
-from timm_faim.training.report import append_summary, draw_learning_curve, epoch_line, head_metrics, save_args
+from timm_faim import faim_heads
+from timm_faim.training import factories, reports, tasks
+from timm_faim.training.args import as_recipe, parse_args
+from timm_faim.training.checkpoint import BEST, restore_best, save_config
+from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
+from timm_faim.training.epochs import train_epochs
+from timm_faim.training.errors import RankError, UserError, is_lost_process, report, resource_advice
+from timm_faim.training.features import cache_features, only_classifier
+from timm_faim.training.freeze import apply_freeze
+from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
+from timm_faim.training.loop import Training
+from timm_faim.training.plan import dry_run
+from timm_faim.training.resume import open_run_folder
+from timm_faim.training.sampling import TrainingOrder
+from timm_faim.training.stages import build_stages, split_groups
+from timm_faim.training.state import Checkpointer
+from timm_faim.training.summary import save_recipe
 
 
 def train(argv: Sequence[str]) -> None:
     """One run, from the command line to the saved model."""
     args = parse_args(argv)
-    factories.check_model_name(args.model)
+    with resource_advice(args):
+        train_with(args)
 
-    # Accelerate decides the device and the number of processes; --amp and --torchcompile go before its own settings.
-    accelerator = Accelerator(
-        mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else None,
-        dynamo_backend=args.torchcompile,
-    )
-    factories.share_out_cores(args, accelerator)
+
+def train_with(args: argparse.Namespace) -> None:
+    """One run with these options."""
+    requested = as_recipe(args)  # before any option is derived from others
+    factories.check_model_name(args.model)
+    accelerator = build_accelerator(args)
     world, is_main = accelerator.num_processes, accelerator.is_main_process
     log = print if is_main else lambda *_, **__: None
     logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(name)s: %(message)s")
 
-    # The same seed everywhere for the weights; another one per process, below, for the augmentation.
+    # The same seed everywhere for the weights; augmentation and dropout draw from seeds of their own (sampling.py).
     random_seed(args.seed, 0)
     data = open_datasets(args, factories.input_channels(args))
-    model = factories.build_model(args, data.num_classes)
+    model = factories.build_model(args, None if args.eval_only and args.pretrained else data.num_classes)
     data_config = factories.build_data_config(args, model)
     train_loader, val_loader = build_loaders(args, data, data_config, accelerator)
+    model = factories.sync_batch_norm(args, model, accelerator).to(accelerator.device)
+    if args.eval_only:
+        reports.evaluate_only(args, model, data, val_loader, data_config["input_size"][-1], accelerator, log)
+        return
 
-    criterion = factories.build_criterion(args, model)
-    mixup = factories.build_mixup(args, data.num_classes)
-    model.to(accelerator.device)
-    optimizer = factories.build_optimizer(args, model, world)
-    scheduler, epochs = factories.build_scheduler(args, optimizer, len(train_loader))
-
-    # Everything that a wrong option can break is built; from here on there is work to keep.
-    run_folder = prepare_run_folder(args, accelerator, data_config["input_size"][-1])
-    if is_main:
-        save_args(args, run_folder / "args.yaml")
-        save_config(model, run_folder / "config.json", data_config, data.label_names, args.pretrained)
+    order = TrainingOrder(train_loader, args.seed, accelerator.process_index)
+    frozen = apply_freeze(args, model)
+    part, val_batches = model, val_loader
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
         factories.fit_heads_to(model, build_fit_loader(args, data_config, accelerator), accelerator)
-    random_seed(args.seed, accelerator.process_index)
+    if args.cache_features:
+        clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator)
+        order, val_batches = cache_features(args, model, order, clean, val_loader, accelerator)
+        part, frozen = only_classifier(model), []
+        log(f"features of {len(order.loader.target)} training images are computed; the head trains on them")
 
-    # The average copies the bare model: `prepare` below patches its forward and may wrap it.
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    bare_model = model
-    model, optimizer = accelerator.prepare(model, optimizer)
-    evaluated = ema.module if ema else bare_model
-    damping = getattr(bare_model, "faim_cfg", {}).get("damping", 0.0)
+    criteria = {smooth: tasks.build_criterion(args, part, args.smoothing if smooth else 0.0)
+                for smooth in (True, False)}
+    task = tasks.build_task(args, part, criteria[True], accelerator.device)
+    optimizer = factories.build_optimizer(args, task.get_trainable_module(), world)
+    split_groups(optimizer, part, args)
+    scheduler, epochs = factories.build_scheduler(args, optimizer, len(order))
+    stages = build_stages(args, -(-len(order) // args.grad_accum_steps), epochs)
+    if args.model_ema:  # a copy of the bare model: `prepare` below patches its forward and may wrap it
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    wrap_repeated_blocks(accelerator, task.get_trainable_module())
+    trainable = task.get_trainable_module()
+    task.trainable_module, optimizer = accelerator.prepare(trainable, optimizer)
 
-    log(f"{args.model}: {sum(p.numel() for p in bare_model.parameters()) / 1e6:.2f} M parameters, "
-        f"{data.num_classes} classes, {len(data.train)} training and {len(data.val)} validation images, "
+    # Everything that a wrong option can break is built; from here on there is work to keep.
+    run = Training(args, accelerator, model, part, task, optimizer, order, None, scheduler, stages,
+                   mixup=tasks.build_mixup(args, data.num_classes), criteria=criteria, frozen=frozen)
+    if args.dry_run:
+        dry_run(run, val_batches, epochs, log)
+        return
+    run.run_folder, checkpoint = open_run_folder(
+        args, requested, accelerator, data_config["input_size"][-1], epochs, len(data.train), log)
+    layout = {"processes": world, "batch_size": args.batch_size, "grad_accum_steps": args.grad_accum_steps,
+              "images": len(data.train)}
+    run.checkpointer = Checkpointer(accelerator, run.run_folder, trainable, optimizer, layout, scheduler,
+                                    task.get_trainable_module(ema=True))
+    if checkpoint is not None:
+        run.progress = run.checkpointer.load(checkpoint, len(order), with_optimizer=not args.no_resume_opt)
+        log(f"  at epoch {run.progress.epoch + 1}, batch {run.progress.step + 1} of {len(order)}")
+    if args.start_epoch is not None:
+        run.progress.start_at(args.start_epoch, run.updates_per_epoch)
+        run.checkpointer.place_schedule(run.progress)
+    if is_main and (later := run.checkpointer.set_later_aside(run.progress)):
+        restore_best(run.run_folder, run.progress.kept)
+        log(f"  later checkpoints are set aside: {', '.join(later)}")
+    recipe = requested | {"lr": args.lr}
+    if is_main:
+        save_recipe(recipe, run.run_folder / "args.yaml")
+        save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained)
+    start_trackers(accelerator, args, run.run_folder, recipe)
+    run.stop.install()
+
+    log(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{data.num_classes} classes, {len(data.train)} training and {len(data.val or ())} validation images, "
         f"input {'x'.join(map(str, data_config['input_size']))}; {world} x {accelerator.device.type}; "
-        f"lr {args.lr:.3g}; run folder {run_folder}")
-
-    best, history, started = -1.0, [], time.perf_counter()
-    try:
-        for epoch in range(epochs):
-            set_epoch(train_loader, epoch)
-            if args.damp_epochs:
-                set_damping(bare_model, max(damping, 1 - epoch / args.damp_epochs))
-            trained = train_one_epoch(
-                epoch, model, train_loader, criterion, optimizer, scheduler, accelerator, args, run_folder, mixup, ema,
-            )
-            if args.damp_epochs:
-                set_damping(bare_model, damping)  # evaluate what a saved and reopened model computes
-            if world > 1 and args.dist_bn:
-                distribute_bn(evaluated, world, reduce=args.dist_bn == "reduce")
-            validated = evaluate(evaluated if ema else model, val_loader, accelerator, args)
-            if not math.isfinite(validated["loss"]):
-                raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch + 1}. Checkpoints of "
-                                f"earlier epochs are kept in {run_folder}. Try a lower --lr or --clip-grad")
-            unreadable = count_unreadable((train_loader, val_loader), accelerator) if args.skip_unreadable else 0
-
-            lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
-            if scheduler is not None:
-                scheduler.step(epoch + 1, validated["top1"])
-            is_best, best = validated["top1"] > best, max(best, validated["top1"])
-            if is_main:
-                trained.update(head_metrics(evaluated))
-                save_weights(evaluated, run_folder, is_best)
-                append_summary(run_folder / "summary.csv", epoch, trained, validated, lr)
-                history.append({f"{part}_{key}": metrics[key] for key in ("loss", "top1")
-                                for part, metrics in (("train", trained), ("eval", validated))})
-                drawn = draw_learning_curve(run_folder / "learning_curve.png", history)
-                log(epoch_line(epoch, epochs, trained, validated, is_best))
-                if unreadable:
-                    log(f"           {unreadable} unreadable images left out so far")
-                if epoch == 0 and not drawn:
-                    log("no learning_curve.png: matplotlib is not installed (pip install 'timm-faim[train]')")
-    except KeyboardInterrupt:
-        kept = f"{len(history)} finished epochs are kept in {run_folder}" if history else "no epoch was finished"
-        log(f"\nstopped by Ctrl-C in epoch {len(history) + 1}; {kept}")
-        sys.exit(130)
-
+        f"lr {args.lr:.3g}; run folder {run.run_folder}")
+    started = time.perf_counter()
+    has_ended = train_epochs(run, val_batches, (train_loader, val_loader), epochs, log)
     seconds = time.perf_counter() - started
-    log(f"best validation top-1 {best:.2f} % after {seconds:.0f} s; weights in {run_folder / BEST}")
-    log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run_folder}', pretrained=True)")
+    if has_ended:
+        of_what = f"validation {args.eval_metric}" if val_loader is not None else "training loss"
+        best = f"best {of_what} {run.progress.best:.2f}" if run.progress.best is not None else "not yet validated,"
+        log(f"{best} after {seconds:.0f} s; weights in {run.run_folder / BEST}")
+        if args.report and run.progress.epoch == epochs:
+            reports.finish(run, data, val_loader, data_config, log)
+        log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', "
+            "pretrained=True)")
     accelerator.end_training()
-
-
-def prepare_run_folder(args, accelerator: Accelerator, img_size: int) -> Path:
-    """The main process makes the folder; the others learn its name."""
-    name = [None]
-    if accelerator.is_main_process:
-        name[0] = str(create_run_folder(args.output, args.experiment, args.model, img_size))
-    return Path(broadcast_object_list(name)[0])
 
 
 def main() -> None:
@@ -142,6 +141,11 @@ def main() -> None:
         train(sys.argv[1:])
     except UserError as error:
         report(error)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        report(RankError("another process has ended; its own message says why"))
         sys.exit(1)
 
 

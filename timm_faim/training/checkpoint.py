@@ -1,15 +1,21 @@
 """Weights and model description, in the form that `timm.create_model('local-dir:…', pretrained=True)` opens."""
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 
 from timm_faim.training.files import atomic_write, link_as
 
+if TYPE_CHECKING:
+    from timm_faim.training.loop import Training
+
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
+TOP = "top"  # folder of the best epochs' weights
 
 
 def save_config(
@@ -37,18 +43,84 @@ def save_config(
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_weights(model: torch.nn.Module, folder: Path, is_best: bool) -> None:
+def save_weights(state: dict[str, torch.Tensor], folder: Path, is_best: bool) -> None:
     """Write last.safetensors and, when these are the best weights so far, model_best.safetensors.
 
     model.safetensors is a second name of the best weights: it is the one that timm opens in a folder with several.
     """
-    # Clones: safetensors refuses tied and strided tensors.
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     with atomic_write(folder / LAST) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save_file(whole_tensors(state), temporary, metadata={"format": "pt"})
     if is_best:
         link_as(folder / LAST, folder / BEST)
         link_as(folder / LAST, folder / TIMM_NAME)
+
+
+def keep_best_epochs(
+        folder: Path, kept: list[dict[str, Any]], epoch: int, metric: float, decreasing: bool, count: int,
+) -> list[dict[str, Any]]:
+    """Keep last.safetensors under the epoch's name if it is among the best `count`; remove what falls out.
+
+    Args:
+        folder: run folder.
+        kept: the epochs kept so far, {"epoch", "metric"}.
+        epoch: number from 0 of the epoch just saved.
+        metric: its validation metric.
+        decreasing: whether less is better.
+        count: how many to keep; 1 or less keeps none beside model_best.safetensors.
+
+    Returns:
+        The epochs kept now, the best first.
+    """
+    if count <= 1:
+        return []
+    ranked = sorted([*(k for k in kept if k["epoch"] != epoch), {"epoch": epoch, "metric": metric}],
+                    key=lambda k: (k["metric"] if decreasing else -k["metric"], k["epoch"]))
+    kept, dropped = ranked[:count], ranked[count:]
+    top = folder / TOP
+    top.mkdir(exist_ok=True)
+    if any(k["epoch"] == epoch for k in kept):
+        link_as(folder / LAST, top / _epoch_name(epoch))
+    for entry in dropped:
+        (top / _epoch_name(entry["epoch"])).unlink(missing_ok=True)
+    return kept
+
+
+def restore_best(folder: Path, kept: list[dict[str, Any]]) -> None:
+    """Make the best of the kept epochs the best weights again, and remove those of epochs that are not kept.
+
+    For a run that goes back to an earlier epoch. Without kept epochs nothing changes.
+    """
+    if not kept:
+        return
+    names = [_epoch_name(entry["epoch"]) for entry in kept]
+    for path in (folder / TOP).glob("epoch_*.safetensors"):
+        if path.name not in names:
+            path.unlink()
+    for name in (BEST, TIMM_NAME):
+        link_as(folder / TOP / names[0], folder / name)
+
+
+def _epoch_name(epoch: int) -> str:
+    return f"epoch_{epoch + 1:04d}.safetensors"
+
+
+def whole_state(run: "Training") -> dict[str, torch.Tensor]:
+    """The state dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
+    if run.accelerator.distributed_type == DistributedType.FSDP:
+        state = run.accelerator.get_state_dict(run.task.get_trainable_module())
+    else:
+        state = unwrap_model(run.evaluated).state_dict()
+    # The batch norms of further splits (--split-bn) serve in training only.
+    state = {name: tensor for name, tensor in state.items() if ".aux_bn." not in name}
+    if run.part is run.model:
+        return state
+    prefix = next(name for name, module in run.model.named_modules() if module is run.part)
+    return run.model.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+def whole_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU that share nothing and are contiguous: safetensors refuses tied and strided tensors."""
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
 def save_batch(path: Path, images: torch.Tensor, target: torch.Tensor) -> None:

@@ -23,12 +23,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # some writers make private files
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        flush_to_disk(temporary)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the file's bytes are on disk."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def rename(source: Path, path: Path) -> None:
+    """Rename at once, replacing a file of that name; durable when this returns."""
+    os.replace(source, path)
+    _sync_folder(path.parent)
 
 
 def link_as(source: Path, path: Path) -> None:
@@ -52,11 +62,22 @@ def create_run_folder(output: str, experiment: str, model_name: str, img_size: i
         if experiment and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"run folder {folder} is not empty. Choose another --experiment, or remove the folder")
         folder = Path(get_outdir(output, name, inc=not experiment))
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as e:
         raise UserError(f"cannot write to run folder {folder}: {e.strerror}. Choose another --output") from e
-    return folder
+    return check_writable(folder)
+
+
+def check_writable(folder: Path) -> Path:
+    """The folder, when files can be made in it.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as e:
+        raise UserError(f"cannot write to run folder {folder}: {e.strerror}. Choose another --output") from e
 
 
 def _umask() -> int:

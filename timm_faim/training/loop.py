@@ -5,41 +5,106 @@ Accelerate's own accumulation out of step, so that the boundaries of accumulatio
 """
 import argparse
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.models import model_parameters
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
+from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
+from timm_faim.training.sampling import TrainingOrder, seed_step
+from timm_faim.training.stages import StageSchedule
+from timm_faim.training.state import Checkpointer, Progress
+
+
+class StopRequest:
+    """Remembers SIGTERM, with which machines that are taken back announce their end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Catch the signal from now on; a second one ends the process at once."""
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclass
+class Training:
+    """What an epoch of training works with; `progress` is what it changes beside tensors."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module  # bare and whole
+    part: torch.nn.Module  # what of it trains: the model, or its classifier on cached features
+    task: TrainingTask  # its trainable module is the prepared part
+    optimizer: Any  # prepared
+    order: TrainingOrder
+    run_folder: Path | None  # None in a dry run, which writes nothing
+    scheduler: Any = None
+    stages: StageSchedule | None = None
+    mixup: Callable | None = None
+    criteria: dict[bool, torch.nn.Module] = field(default_factory=dict)  # by whether labels are smoothed
+    frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
+    checkpointer: Checkpointer | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    is_stopping: bool = False  # some process was asked to stop; the same on all of them
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """What is evaluated and saved: the average of the weights where there is one."""
+        return self.task.get_eval_model(ema=self.task.has_ema())
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimiser steps an epoch."""
+        return -(-len(self.order) // self.args.grad_accum_steps)
+
+    def stage(self) -> str:
+        """Name of the present stage; empty without stages."""
+        return self.stages.stage(self.progress.updates) if self.stages else ""
+
+    def enter_stage(self) -> None:
+        """Put label smoothing as the present stage wants it."""
+        smooths = self.stages is None or self.stages.smooths_labels(self.progress.updates)
+        if self.criteria:
+            self.task.criterion = self.criteria[smooths]
+        if self.mixup is not None:
+            self.mixup.label_smoothing = self.args.smoothing if smooths else 0.0
 
 
 class LateReader:
-    """Hands each step's loss and hit count to `consume` one step late, so that the device never waits for the host.
+    """Hands each step's numbers to `consume` one step late, so that the device never waits for the host.
 
-    The two numbers are copied to pinned memory as soon as the device has them. By the time they are read the next
-    step has been launched; waiting for the copy's own event does not wait for that step.
+    The numbers are copied to pinned memory as soon as the device has them. By the time they are read the next step has
+    been launched; waiting for the copy's own event does not wait for that step.
     """
 
     def __init__(self, consume: Callable[..., None]) -> None:
         self.consume = consume
         self.pending: tuple[torch.Tensor, torch.cuda.Event | None, tuple] | None = None
 
-    def push(self, loss: torch.Tensor, hits: torch.Tensor, *context: Any) -> None:
-        """Queue this step's scalars; consume those of the step before as `consume(loss, hits, *context)`."""
-        numbers = torch.stack([loss.detach().double(), hits.double()])
+    def push(self, numbers: torch.Tensor, *context: Any) -> None:
+        """Queue this step's numbers [N]; consume those of the step before as `consume([...], *context)`."""
         event = None
         if numbers.is_cuda:
-            host = torch.empty(2, dtype=numbers.dtype, pin_memory=True)
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             numbers, event = host.copy_(numbers, non_blocking=True), torch.cuda.Event()
             event.record()
         previous, self.pending = self.pending, (numbers, event, context)
@@ -56,98 +121,139 @@ class LateReader:
         numbers, event, context = step
         if event is not None:
             event.synchronize()
-        self.consume(*numbers.tolist(), *context)
+        self.consume(numbers.tolist(), *context)
 
 
-def train_one_epoch(
-        epoch: int, model: torch.nn.Module, loader: Any, criterion: torch.nn.Module, optimizer: Any, scheduler: Any,
-        accelerator: Accelerator, args: argparse.Namespace, run_folder: Path,
-        mixup: Callable | None = None, ema: ModelEmaV3 | None = None,
-) -> dict[str, float]:
-    """Train on every batch once.
+class _EpochRecord:
+    """Adds the steps' numbers to the progress, shows them, stops at a bad loss; the same on every process."""
 
-    Args:
-        epoch: number from 0.
-        model: the prepared model; returns logits [B, C].
-        loader: timm's loader of (images [B, channels, H, W], target [B]).
-        criterion: loss of (logits, target).
-        optimizer: the prepared optimiser.
-        scheduler: timm's schedule, or None.
-        accelerator: where and in which precision to run.
-        args: options (accumulation, clipping, logging).
-        run_folder: where the batch of a non-finite loss is saved.
-        mixup: timm's Mixup, applied to (images, target).
-        ema: running average of the weights, updated after every update.
+    def __init__(self, run: Training) -> None:
+        self.run = run
+        self.images_before, self.start = run.progress.samples, time.perf_counter()
+        self.seconds_before = run.progress.seconds
+        self.bar = tqdm(total=len(run.order), initial=run.progress.step, unit="batch", leave=False,
+                        disable=None if run.accelerator.is_main_process else True)
+
+    def consume(self, numbers: list[float], step: int, images: torch.Tensor, target: torch.Tensor) -> None:
+        local_loss, loss_sum, hits, samples, stop = numbers
+        run, progress = self.run, self.run.progress
+        if not math.isfinite(loss_sum):
+            stop_at_bad_loss(local_loss, step, images, target, run)
+        progress.loss_sum += loss_sum
+        progress.hits += hits
+        progress.samples += samples
+        run.is_stopping |= stop > 0
+        self.bar.update()
+        if (step + 1) % run.args.log_interval == 0 or step + 1 == len(run.order):
+            rate = (progress.samples - self.images_before) / (time.perf_counter() - self.start)
+            self.bar.set_postfix_str(f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
+                                     f"{100 * progress.hits / progress.samples:.1f} %, {rate:.0f} images/s")
+
+    def name_stage(self) -> None:
+        stage = self.run.stage()
+        self.bar.set_description(f"epoch {self.run.progress.epoch + 1}" + (f", {stage}" if stage else ""))
+
+    def keep_time(self) -> None:
+        self.run.progress.seconds = self.seconds_before + time.perf_counter() - self.start
+
+
+def train_one_epoch(run: Training) -> dict[str, Any] | None:
+    """Train on the batches of the epoch in progress, from where the progress stands.
 
     Returns:
-        `loss`, `top1` (per cent; under mixup against the label of the larger share), `images_per_s`, `seconds`,
-        over all processes.
+        `loss`, `top1` (per cent; under mixup against the label of the larger share), `images_per_s`, `seconds`, over
+        all processes; or None when it stopped before the end because a process was asked to, after a checkpoint.
 
     Raises:
         RankError: the loss of a step was not finite (its batch is saved), or a label lies outside the classes.
     """
-    model.train()
-    batches, accum = len(loader), args.grad_accum_steps
-    updates = epoch * -(-batches // accum)
-    losses, top1 = AverageMeter(), AverageMeter()
-    start, images_seen = time.perf_counter(), 0
-    bar = tqdm(total=batches, desc=f"epoch {epoch + 1}", unit="batch", leave=False,
-               disable=None if accelerator.is_main_process else True)
-
-    def record(loss: float, hits: float, step: int, images: torch.Tensor, target: torch.Tensor) -> None:
-        if not math.isfinite(loss):
-            stop_at_bad_loss(loss, epoch, step, images, target, run_folder, accelerator)
-        losses.update(loss, len(images))
-        top1.update(100 * hits / len(images), len(images))
-        bar.update()
-        if (step + 1) % args.log_interval == 0 or step + 1 == batches:
-            rate = images_seen * accelerator.num_processes / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {losses.avg:.3f}, top-1 {top1.avg:.1f} %, {rate:.0f} images/s")
-
+    args, accelerator, task, optimizer = run.args, run.accelerator, run.task, run.optimizer
+    model = task.get_trainable_module()
+    progress, batches, accum = run.progress, len(run.order), run.args.grad_accum_steps
+    task.train()
+    for module in run.frozen:
+        module.eval()
+    base_optimizer = getattr(optimizer, "optimizer", optimizer)
+    second_order = getattr(base_optimizer, "is_second_order", False)
     num_classes = getattr(accelerator.unwrap_model(model, keep_torch_compile=False), "num_classes", math.inf)
-    reader = LateReader(record)
+    if run.mixup is not None:  # switched off it still makes the soft targets that the loss expects
+        run.mixup.mixup_enabled = not args.mixup_off_epoch or progress.epoch < args.mixup_off_epoch
+
+    record = _EpochRecord(run)
+    reader = LateReader(record.consume)
+    run.enter_stage()
+    record.name_stage()
+    stage = run.stage()
     optimizer.zero_grad()
-    for step, (images, target) in enumerate(loader):
+    first = progress.step
+    for step, (images, target) in enumerate(run.order.batches(progress.epoch, first), first):
+        seed_step(args.seed, accelerator.process_index, progress.epoch, step)
         # The last window of an epoch may be shorter than the others; it still makes an update, over its own size.
         window_start = step - step % accum
         window = min(accum, batches - window_start)
         is_update = step + 1 == window_start + window
-        if not target.is_cuda or step == 0:  # on a GPU the look would wait for the device
+        if not target.is_cuda or step == first:  # on a GPU the look would wait for the device
             check_labels(target, num_classes)
-        if mixup is not None:
-            images, target = mixup(images, target)
-        if args.channels_last:
+        if run.mixup is not None:
+            images, target = run.mixup(images, target)
+        if args.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
 
         with nullcontext() if is_update else accelerator.no_sync(model):
             with accelerator.autocast():
-                output = model(images)
-                loss = criterion(output, target)
-            accelerator.backward(loss / window)
+                result = task(images, target)
+            accelerator.backward(result["loss"] / window, create_graph=second_order)
         if is_update:
-            if args.clip_grad is not None:
-                accelerator.unscale_gradients(optimizer)
-                dispatch_clip_grad(model_parameters(model, exclude_head="agc" in args.clip_mode),
-                                   value=args.clip_grad, mode=args.clip_mode)
-            optimizer.step()
+            with run.stages.update(optimizer, progress.updates) if run.stages else nullcontext():
+                if args.clip_grad is not None:
+                    accelerator.unscale_gradients(optimizer)
+                    dispatch_clip_grad(model_parameters(model, exclude_head="agc" in args.clip_mode),
+                                       value=args.clip_grad, mode=args.clip_mode)
+                optimizer.step()
             optimizer.zero_grad()
-            updates += 1
-            if ema is not None:
-                ema.update(accelerator.unwrap_model(model, keep_torch_compile=False), step=updates)
-            if scheduler is not None:
-                scheduler.step_update(updates)
+            progress.updates += 1
+            task.update_ema(step=progress.updates)
+            if run.scheduler is not None:
+                run.scheduler.step_update(progress.updates)
+            if run.stage() != stage:
+                stage = run.stage()
+                run.enter_stage()
+                record.name_stage()
 
-        images_seen += len(images)
-        labels = target if target.ndim == 1 else target.argmax(1)
-        reader.push(loss, (output.detach().argmax(1) == labels).sum(), step, images, target)
+        reader.push(step_numbers(result, target, run), step, images, target)
+        progress.step = step + 1
+        if is_update and step + 1 < batches and (
+                run.is_stopping
+                or args.recovery_interval and progress.updates % args.recovery_interval == 0):
+            reader.flush()
+            record.keep_time()
+            if run.checkpointer is not None:
+                run.checkpointer.save(progress)
+            if run.is_stopping:
+                record.bar.close()
+                return None
+    if hasattr(base_optimizer, "sync_lookahead"):
+        base_optimizer.sync_lookahead()
     reader.flush()
-    bar.close()
+    record.keep_time()
+    record.bar.close()
+    return {"loss": progress.loss_sum / progress.samples, "top1": 100 * progress.hits / progress.samples,
+            "images_per_s": round(progress.samples / progress.seconds, 1), "seconds": round(progress.seconds, 2)}
 
-    sums = torch.tensor([losses.sum, top1.sum, losses.count], device=accelerator.device)
-    loss_sum, hit_sum, count = accelerator.reduce(sums, "sum").tolist()
-    seconds = time.perf_counter() - start
-    return {"loss": loss_sum / count, "top1": hit_sum / count, "images_per_s": round(count / seconds, 1),
-            "seconds": round(seconds, 2)}
+
+def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) -> torch.Tensor:
+    """This process's loss, then summed over all processes: loss, hits, samples, requests to stop; float64 [5]."""
+    loss, output = result["loss"].detach().double(), result["output"].detach()
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    if target.ndim == 2 and run.args.multi_label:
+        hits = ((output > 0) == (target > 0.5)).double().mean(1).sum()
+    else:
+        labels = target if target.ndim == 1 else target.argmax(1)
+        hits = (output.argmax(1) == labels).sum().double()
+    count = len(target)
+    # Filled on the device: a tensor made from numbers of the host would wait for the device.
+    sums = torch.stack([loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested)])
+    return torch.cat([loss[None], run.accelerator.reduce(sums, "sum")])
 
 
 def check_labels(target: torch.Tensor, num_classes: float) -> None:
@@ -157,43 +263,59 @@ def check_labels(target: torch.Tensor, num_classes: float) -> None:
                         f"{num_classes} classes of the model. Give --num-classes {int(target.max()) + 1} or mend them")
 
 
-def stop_at_bad_loss(
-        loss: float, epoch: int, step: int, images: torch.Tensor, target: torch.Tensor, run_folder: Path,
-        accelerator: Accelerator,
-) -> None:
-    """Save the batch and end this process; a launcher then ends the others."""
-    rank = f"_rank{accelerator.process_index}" if accelerator.num_processes > 1 else ""
-    path = run_folder / f"nan_batch{rank}.safetensors"
-    save_batch(path, images, target)
-    raise RankError(f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}. Its batch is saved as {path}; "
-                    "checkpoints of earlier epochs are kept. Try a lower --lr, a longer --warmup-epochs, --clip-grad, "
-                    "or --amp-dtype bfloat16")
+def stop_at_bad_loss(local_loss: float, step: int, images: torch.Tensor, target: torch.Tensor, run: Training) -> None:
+    """Save the batch where the loss is not finite, and end all processes; each has seen the sum of the losses."""
+    is_here = not math.isfinite(local_loss)
+    where = "" if is_here else " It was met by another process;"
+    if is_here and run.run_folder is not None:
+        rank = f"_rank{run.accelerator.process_index}" if run.accelerator.num_processes > 1 else ""
+        path = run.run_folder / f"nan_batch{rank}.safetensors"
+        save_batch(path, images, target)
+        where = f" Its batch is saved as {path};"
+    run.accelerator.wait_for_everyone()  # none ends before the batches are saved: a launcher then ends the others
+    raise RankError(f"the loss is {local_loss if is_here else math.nan} in epoch {run.progress.epoch + 1}, step "
+                    f"{step + 1}.{where} checkpoints of earlier epochs are kept. Try a lower --lr, a longer "
+                    "--warmup-epochs, --clip-grad, or --amp-dtype bfloat16")
 
 
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(
+        model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace,
+        create_evaluator: Callable | None = None,
+) -> dict[str, Any]:
     """Cross entropy and accuracy, every image counted exactly once on any number of processes.
 
     timm's sampler repeats images at the end to make the processes even; the evaluator leaves the repetitions out.
 
+    Args:
+        model: gives logits [B, C].
+        loader: timm's validation loader.
+        accelerator: where and in which precision to run.
+        args: options (memory format, unreadable images).
+        create_evaluator: timm's evaluator of the task; None is single-label classification.
+
     Returns:
-        `loss`, `top1`, `top5` (per cent) and `samples`, the number of images counted, over all processes.
+        `loss`, `top1`, `top5` (per cent; of a multi-label task what timm's evaluator gives) and `samples`, the number
+        of images counted, over all processes.
     """
     model.eval()
     limit = evaluation_sample_limit(loader)
     # Unreadable images are left out here by hand, which would put the evaluator's own count of images off.
-    evaluator = ClassificationEvaluator(accelerator.device, max_samples=None if args.skip_unreadable else limit)
+    options = {"max_samples": None if args.skip_unreadable else limit}
+    evaluator = (create_evaluator or partial(ClassificationEvaluator, accelerator.device))(**options)
     seen = 0
     for images, target in loader:
-        if args.channels_last:
+        if args.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             output = model(images)
+        output = output[0] if isinstance(output, (tuple, list)) else output
         if args.skip_unreadable:
             real = len(target) if limit is None else max(0, min(len(target), limit - seen))
             seen += real
             output, target = output[:real], target[:real]
-            output, target = output[target != UNREADABLE], target[target != UNREADABLE]
+            readable = (target != UNREADABLE).reshape(len(target), -1).any(1)
+            output, target = output[readable], target[readable]
         evaluator.update(output, target)
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
     metrics["samples"] = int(accelerator.reduce(evaluator.counts[0], "sum"))

@@ -1,0 +1,363 @@
+"""Evaluation image by image: what was predicted, how surely, and which classes are taken for each other.
+
+Shapes: N images, C classes. Shares and accuracies are in per cent, as everywhere in timm; confidences in 0..1.
+"""
+import argparse
+import csv
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data import ImageDataset
+from timm.task import evaluation_sample_limit
+from torch.nn.functional import cross_entropy
+
+import timm_faim
+from timm_faim.training.data import UNREADABLE
+from timm_faim.training.errors import UserError
+from timm_faim.training.files import atomic_write
+from timm_faim.training.reporting.names import class_name
+from timm_faim.training.reporting.plots import draw_calibration, draw_confusion
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+MOST_CONFUSED = 50  # rows of most_confused.csv
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A pair of classes a < b that are taken for each other."""
+
+    a: int
+    b: int
+    a_as_b: int  # images of a predicted as b
+    b_as_a: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model said of N images, each counted once, in the order of the data set.
+
+    `index` [N] is the image's place in the data set; `target` and `prediction` [N] are class indices; `confidence` [N]
+    is the largest softmax probability; `loss` [N] the cross entropy; `margin` [N] the difference of the two largest
+    logits (0 where C = 1); `top5` [N] tells whether the target is among the five best. `images_per_s` counts all
+    processes and leaves the first batch out; None where there was one batch only.
+    """
+
+    num_classes: int
+    index: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    confidence: np.ndarray
+    loss: np.ndarray
+    margin: np.ndarray
+    top5: np.ndarray
+    images_per_s: float | None = None
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the prediction is right [N]."""
+        return self.prediction == self.target
+
+    @cached_property
+    def samples_per_class(self) -> np.ndarray:
+        """Images of each class [C]."""
+        return np.bincount(self.target, minlength=self.num_classes)
+
+    @cached_property
+    def correct_per_class(self) -> np.ndarray:
+        """Rightly predicted images of each class [C]."""
+        return np.bincount(self.target[self.correct], minlength=self.num_classes)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """The confusion matrix without its zeros: rows (target, prediction, count) [P, 3], by target and prediction.
+
+        At most N rows, however many classes there are.
+        """
+        codes, counts = np.unique(self.target * self.num_classes + self.prediction, return_counts=True)
+        return np.stack([codes // self.num_classes, codes % self.num_classes, counts], axis=1)
+
+    def confusion(self, classes: Sequence[int] | None = None) -> np.ndarray:
+        """Counts [K, K] of targets (rows) and predictions (columns) among K classes; without `classes` all C."""
+        classes = range(self.num_classes) if classes is None else classes
+        place = np.full(self.num_classes, -1)
+        place[list(classes)] = np.arange(len(classes))
+        rows, columns = place[self.pairs[:, 0]], place[self.pairs[:, 1]]
+        inside = (rows >= 0) & (columns >= 0)
+        matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        matrix[rows[inside], columns[inside]] = self.pairs[inside, 2]
+        return matrix
+
+    def most_confused(self, limit: int = MOST_CONFUSED) -> list[Confusion]:
+        """The unordered pairs of classes with the most images taken for the other one, most first."""
+        counts: dict[tuple[int, int], list[int]] = {}
+        for target, prediction, count in self.pairs.tolist():
+            if target != prediction:
+                key = (min(target, prediction), max(target, prediction))
+                counts.setdefault(key, [0, 0])[target > prediction] += count
+        ranked = sorted(counts.items(), key=lambda item: (-sum(item[1]), item[0]))
+        return [Confusion(*key, *both) for key, both in ranked[:limit]]
+
+    def calibration(self, bins: int = BINS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of images, mean confidence and accuracy (both 0..1, 0 where empty), each [bins].
+
+        Bin m of M holds the confidences in ((m - 1)/M, m/M].
+        """
+        number = np.clip(np.ceil(self.confidence.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
+        counts = np.bincount(number, minlength=bins)
+        confidence = np.bincount(number, weights=self.confidence, minlength=bins) / counts.clip(1)
+        accuracy = np.bincount(number, weights=self.correct, minlength=bins) / counts.clip(1)
+        return counts, confidence, accuracy
+
+    def ece(self, bins: int = BINS) -> float:
+        """Expected calibration error in per cent (Guo et al. 2017): mean |accuracy - confidence| over bins."""
+        counts, confidence, accuracy = self.calibration(bins)
+        return 100 * float((counts * abs(accuracy - confidence)).sum()) / max(1, len(self.index))
+
+    def metrics(self) -> dict[str, Any]:
+        """`loss`, `top1`, `top5`, `mean_class_top1` and `ece` in per cent, `samples`, `images_per_s`."""
+        count = max(1, len(self.index))
+        seen = self.samples_per_class > 0
+        per_class = self.correct_per_class[seen] / self.samples_per_class[seen]
+        return {
+            "loss": float(self.loss.sum(dtype=np.float64)) / count,
+            "top1": 100 * int(self.correct.sum()) / count,
+            "top5": 100 * int(self.top5.sum()) / count,
+            "mean_class_top1": 100 * float(per_class.mean()) if len(per_class) else 0.0,
+            "ece": self.ece(),
+            "samples": len(self.index),
+            "images_per_s": self.images_per_s,
+        }
+
+
+@torch.inference_mode()
+def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace) -> Evaluation:
+    """Run the model over the validation images; a collective call, with the same result on every process.
+
+    Each image counts once: the repetitions that make timm's shards even are left out, and with --skip-unreadable the
+    images that could not be read. Logits are reduced batch by batch, so that memory grows with N only.
+
+    Args:
+        model: the prepared model; left in eval mode.
+        loader: timm's validation loader of (images [B, channels, H, W], target [B]). Process r of W reads the images
+            r, r + W, r + 2 W, ... of the data set; for iterable data `index` is no more than a number.
+        accelerator: where and in which precision to run.
+        args: options (channels_last, skip_unreadable).
+
+    Raises:
+        UserError: a label outside the model's classes.
+        ValueError: targets that are not class indices.
+    """
+    model.eval()
+    device = accelerator.device
+    limit = evaluation_sample_limit(loader)
+    whole = [torch.empty(0, 4, dtype=torch.int64, device=device)]
+    real = [torch.empty(0, 3, device=device)]
+    seen, warm_images, num_classes, start = 0, 0, 0, None
+    for images, target in loader:
+        if target.ndim != 1:
+            raise ValueError(f"expected class indices [B], got targets of shape {list(target.shape)}")
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        num_classes = output.shape[1]
+        count = len(target) if limit is None else max(0, min(len(target), limit - seen))
+        integers, numbers = _judge(output[:count].float(), target[:count], seen)
+        whole.append(integers)
+        real.append(numbers)
+        seen += count
+        if start is None:  # the first batch pays for start-up, compilation and the workers
+            _synchronize(device)
+            start = time.perf_counter()
+        else:
+            warm_images += count
+    _synchronize(device)
+    seconds = time.perf_counter() - start if warm_images else 0.0
+
+    rates = accelerator.gather(torch.tensor([[warm_images, seconds, num_classes]], device=device)).cpu().double()
+    num_classes = int(rates[:, 2].max())
+    slowest = float(rates[:, 1].max())
+    integers, numbers = torch.cat(whole), torch.cat(real)
+    integers[:, 0] = integers[:, 0] * accelerator.num_processes + accelerator.process_index
+    integers, numbers = (_gather_rows(rows, accelerator) for rows in (integers, numbers))
+    order = np.argsort(integers[:, 0], kind="stable")
+    if args.skip_unreadable:
+        order = order[integers[order, 1] != UNREADABLE]
+    integers, numbers = integers[order], numbers[order]
+    target = integers[:, 1]
+    if len(target) and not (target.min() >= 0 and target.max() < num_classes):
+        raise UserError(f"the validation data have labels from {target.min()} to {target.max()}, outside the "
+                        f"{num_classes} classes of the model. Give --num-classes {target.max() + 1} or mend them")
+    return Evaluation(
+        num_classes, index=integers[:, 0], target=target, prediction=integers[:, 2], top5=integers[:, 3].astype(bool),
+        confidence=numbers[:, 0], loss=numbers[:, 1], margin=numbers[:, 2],
+        images_per_s=round(float(rates[:, 0].sum()) / slowest, 1) if slowest > 0 else None,
+    )
+
+
+def _judge(logits: torch.Tensor, target: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [B, C]: (place, target, prediction, top-5 hit) [B, 4], and (confidence, loss, margin) [B, 3]."""
+    best, classes = logits.topk(min(5, logits.shape[1]))
+    place = torch.arange(first, first + len(target), device=target.device)
+    hit = (classes == target[:, None]).any(1)
+    # clamped: a wrong label is reported once all are known, where a GPU would stop with an assertion
+    loss = cross_entropy(logits, target.clamp(0, logits.shape[1] - 1), reduction="none")
+    confidence = (best[:, 0] - logits.logsumexp(1)).exp().clamp(max=1.0)
+    margin = best[:, 0] - best[:, min(1, best.shape[1] - 1)]
+    return torch.stack([place, target, classes[:, 0], hit.long()], 1), torch.stack([confidence, loss, margin], 1)
+
+
+def _gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> np.ndarray:
+    """The rows of all processes, whose numbers may differ."""
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = accelerator.gather(accelerator.pad_across_processes(rows.contiguous()))
+    shards = padded.split(max(counts)) if max(counts) else [padded]
+    return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)]).cpu().numpy()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def file_names(dataset: Any) -> list[str] | None:
+    """Names of the images of a timm dataset by index, relative to its folder; None where it has none."""
+    images = getattr(dataset, "images", dataset)
+    if not isinstance(images, ImageDataset):
+        return None
+    try:
+        return [str(name) for name in images.filenames()]
+    except (AssertionError, NotImplementedError):  # readers without files
+        return None
+
+
+def write_evaluation(
+        folder: Path, evaluation: Evaluation, label_names: Sequence[str] | None = None,
+        filenames: Sequence[str] | None = None, info: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write what a person or a table program wants to know; for the main process.
+
+    Args:
+        folder: made where missing.
+        evaluation: of `collect`.
+        label_names: class names in the order of their indices.
+        filenames: image names by data-set index, see `file_names`.
+        info: further facts for eval.json, such as the model's name and its checkpoint.
+
+    Returns:
+        The files: eval.json, per_class.csv, confusion.csv (pairs that occur), most_confused.csv, predictions.csv,
+        and with matplotlib confusion.png and calibration.png. Accuracies and rates in the tables are per cent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {key: _json_number(value) for key, value in evaluation.metrics().items()}
+    facts = {**(info or {}), "metrics": metrics, "num_classes": evaluation.num_classes, "versions": _versions()}
+    with atomic_write(folder / "eval.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+
+    tables = {
+        "per_class.csv": _class_rows(evaluation, label_names),
+        "confusion.csv": _confusion_rows(evaluation, label_names),
+        "most_confused.csv": _pair_rows(evaluation, label_names),
+        "predictions.csv": _prediction_rows(evaluation, filenames),
+    }
+    for name, rows in tables.items():
+        # surrogateescape: a file name need not be valid UTF-8
+        with atomic_write(folder / name) as temporary, \
+                temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(rows)
+    written = [folder / "eval.json", *(folder / name for name in tables)]
+    for name, draw in (("confusion.png", draw_confusion), ("calibration.png", draw_calibration)):
+        if draw(folder / name, evaluation, label_names):
+            written.append(folder / name)
+    return written
+
+
+def summary_lines(evaluation: Evaluation, label_names: Sequence[str] | None = None, count: int = 3) -> list[str]:
+    """A few lines for the terminal: accuracy, calibration, the weakest classes, the most confused pairs."""
+    metrics = evaluation.metrics()
+    rate = f"; {metrics['images_per_s']:.0f} images/s" if metrics["images_per_s"] else ""
+    lines = [f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, mean over classes "
+             f"{metrics['mean_class_top1']:.2f} %, loss {metrics['loss']:.4f} on {metrics['samples']} images of "
+             f"{int((evaluation.samples_per_class > 0).sum())} classes{rate}"]
+    if not metrics["samples"]:
+        return lines
+    confidence = 100 * float(evaluation.confidence.mean())
+    lines.append(f"mean confidence {confidence:.1f} %, expected calibration error {metrics['ece']:.1f} %")
+    weakest = [k for k in weakest_classes(evaluation, count)
+               if evaluation.correct_per_class[k] < evaluation.samples_per_class[k]]
+    if weakest:
+        lines.append("weakest classes: " + ", ".join(
+            f"{class_name(label_names, k)} ({evaluation.correct_per_class[k]} of {evaluation.samples_per_class[k]} "
+            "right)" for k in weakest))
+    confused = evaluation.most_confused(count)
+    if confused:
+        lines.append("most confused: " + ", ".join(
+            f"{class_name(label_names, c.a)} and {class_name(label_names, c.b)} ({c.a_as_b} and {c.b_as_a} times)"
+            for c in confused))
+    return lines
+
+
+def weakest_classes(evaluation: Evaluation, count: int) -> list[int]:
+    """The classes of lowest accuracy, lowest first; of equal ones those with the most images."""
+    samples, correct = evaluation.samples_per_class, evaluation.correct_per_class
+    return sorted(np.flatnonzero(samples).tolist(), key=lambda k: (correct[k] / samples[k], -samples[k], k))[:count]
+
+
+def _class_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> Iterable[list]:
+    taken_for: dict[int, tuple[int, int]] = {}
+    for target, prediction, count in evaluation.pairs.tolist():
+        if target != prediction and count > taken_for.get(target, (0, 0))[0]:
+            taken_for[target] = (count, prediction)
+    yield ["class", "name", "samples", "correct", "accuracy", "confused_with", "confused_with_name", "confused_count"]
+    for k, (samples, correct) in enumerate(
+            zip(evaluation.samples_per_class.tolist(), evaluation.correct_per_class.tolist(), strict=True)):
+        count, other = taken_for.get(k, (0, None))
+        yield [k, class_name(label_names, k), samples, correct, round(100 * correct / samples, 3) if samples else "",
+               *(("", "", 0) if other is None else (other, class_name(label_names, other), count))]
+
+
+def _confusion_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> Iterable[list]:
+    yield ["target", "prediction", "count", "target_name", "prediction_name"]
+    for target, prediction, count in evaluation.pairs.tolist():
+        yield [target, prediction, count, class_name(label_names, target), class_name(label_names, prediction)]
+
+
+def _pair_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> Iterable[list]:
+    yield ["a", "b", "a_name", "b_name", "a_as_b", "b_as_a", "total", "a_as_b_rate", "b_as_a_rate"]
+    samples = evaluation.samples_per_class.tolist()
+    for c in evaluation.most_confused():
+        rates = (round(100 * n / max(1, samples[k]), 3) for n, k in ((c.a_as_b, c.a), (c.b_as_a, c.b)))
+        yield [c.a, c.b, class_name(label_names, c.a), class_name(label_names, c.b), c.a_as_b, c.b_as_a,
+               c.a_as_b + c.b_as_a, *rates]
+
+
+def _prediction_rows(evaluation: Evaluation, filenames: Sequence[str] | None) -> Iterable[list]:
+    file = ["file"] if filenames is not None else []
+    yield ["index", *file, "target", "prediction", "confidence", "loss", "margin"]
+    columns = (evaluation.index, evaluation.target, evaluation.prediction, evaluation.confidence, evaluation.loss,
+               evaluation.margin)
+    for index, target, prediction, *numbers in zip(*(column.tolist() for column in columns), strict=True):
+        name = [filenames[index]] if filenames is not None else []
+        yield [index, *name, target, prediction, *(f"{number:.6g}" for number in numbers)]
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN or infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    modules = {"timm_faim": timm_faim, "timm": timm, "torch": torch, "accelerate": accelerate}
+    return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}

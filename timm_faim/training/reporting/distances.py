@@ -1,0 +1,83 @@
+"""What the distance of a FAIM head is made of, in float64 on the CPU.
+
+Shapes: N vectors, C classes, D features.
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timm_faim import FAIMHead
+from timm_faim.metric.functional import one_form_term, squared_norm
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The metric of a head in numbers.
+
+    `spectrum` [D] are the eigenvalues of Σ, largest first; `beta` [D] is |β| per coordinate and `whitened` [D] its
+    coordinates |T⁻¹β| in a Σ-orthonormal frame (Σ = TT', T diagonal or lower-triangular), both largest first, with β
+    as the metric uses it (a Randers metric shrinks it); `dual_norm` is sqrt(β'Σ⁻¹β), the length of `whitened`, so that
+    λ · dual_norm is the largest share that the 1-form can have of the Riemannian part.
+    """
+
+    lmbda: float
+    gamma: float
+    spectrum: Tensor
+    beta: Tensor
+    whitened: Tensor
+    dual_norm: float
+
+    @property
+    def strongest(self) -> float:
+        """λ sqrt(β'Σ⁻¹β): the 1-form over the Riemannian part, in the direction where it is largest."""
+        return self.lmbda * self.dual_norm
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue of Σ."""
+        return float(self.spectrum[0] / self.spectrum[-1].clamp_min(torch.finfo(self.spectrum.dtype).tiny))
+
+
+class HeadDistances:
+    """Distances of one head to its prototypes, split into their two parts."""
+
+    def __init__(self, head: FAIMHead) -> None:
+        self.head = head
+        self.metric = copy.deepcopy(head.metric).cpu().double().requires_grad_(False)
+
+    @torch.no_grad()
+    def parts(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Riemannian part sqrt(v'Σv + ε) [N] and 1-form part [N] of d_F(x, μ_k), which sum to it.
+
+        The 1-form part is λ|β'v| with the metric's smoothing and damping; of a Randers metric it has a sign.
+
+        Args:
+            features: x [N, D] as `head_features` gives them.
+            classes: k [N], one for each row.
+        """
+        prototypes = self.head.embed(self.head.mu.detach()[classes.to(self.head.mu.device)].cpu().double())
+        v = features - prototypes
+        metric = self.metric
+        sigma, tril, beta, lmbda = metric._tensors(torch.float64)
+        riemannian = torch.sqrt(squared_norm(v, sigma, tril, metric.eps) + metric.eps)
+        term = one_form_term(torch.mv(v, beta), metric.symmetric, metric.eps, metric._damping(torch.float64))
+        return riemannian, lmbda * term
+
+    @torch.no_grad()
+    def geometry(self) -> Geometry:
+        """λ, γ, the spectrum of Σ and the size of β."""
+        sigma, _, beta, lmbda = self.metric._tensors(torch.float64)
+        if sigma is not None:
+            spectrum, whitened = sigma, beta / sigma.sqrt()
+        else:
+            dense = self.metric.sigma().to(self.head.mu.device if self.head.mu.is_cuda else "cpu")
+            spectrum = torch.linalg.eigvalsh(dense).cpu()
+            factor = torch.linalg.cholesky(dense).cpu()  # eigenvectors would take several times as long
+            whitened = torch.linalg.solve_triangular(factor, beta[:, None], upper=False).squeeze(1)
+        return Geometry(
+            lmbda=float(lmbda), gamma=float(self.head.gamma()), spectrum=spectrum.sort(descending=True).values,
+            beta=beta.abs().sort(descending=True).values, whitened=whitened.abs().sort(descending=True).values,
+            dual_norm=float(whitened.norm()),
+        )

@@ -1,0 +1,300 @@
+"""The report of a run: one HTML page that needs nothing beside it, and its pictures as files."""
+import base64
+import html
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from timm_faim import FAIMHead, faim_heads
+from timm_faim.training.evaluation import Evaluation, weakest_classes
+from timm_faim.training.files import atomic_write
+from timm_faim.training.reporting import heads as head_pictures
+from timm_faim.training.reporting import plots
+from timm_faim.training.reporting.distances import Geometry, HeadDistances
+from timm_faim.training.reporting.names import class_name
+from timm_faim.training.reporting.pictures import Pictures, head_features
+
+SHARE_SAMPLE = 256  # validation images on which the share of the 1-form is measured
+FOLDER, PAGE = "report", "report.html"
+
+
+def write_report(
+        run_folder: Path, model: nn.Module, history: Sequence[Mapping[str, Any]], *,
+        label_names: Sequence[str] | None = None, evaluation: Evaluation | None = None, train_images: Any = None,
+        val_images: Any = None, args_text: str = "",
+) -> Path | None:
+    """Write report.html and report/*.png into the run folder; for the main process alone.
+
+    Args:
+        run_folder: of the run.
+        model: the bare model (not prepared, not compiled), any timm model; without FAIM heads their sections are
+            left out. It runs on its device and is left in its mode.
+        history: one mapping an epoch, as in summary.csv, see `draw_learning_curve`; may be empty.
+        label_names: class names in the order of their indices.
+        evaluation: of `collect`, from this model on the images of `val_images`.
+        train_images, val_images: timm's evaluation loaders without augmentation (`build_fit_loader` and the
+            validation loader). They are read by index, whatever their sharding; for iterable data, or without them,
+            the sections with pictures of images are left out.
+        args_text: the options as `key: value` lines, as in args.yaml.
+
+    Returns:
+        The page; None where matplotlib is missing.
+    """
+    if not plots.has_matplotlib():
+        return None
+    folder = run_folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(folder)
+    train, val = Pictures.of(train_images), Pictures.of(val_images)
+    started = time.perf_counter()
+
+    if evaluation is not None:
+        page.add_cards(evaluation)
+    if plots.draw_learning_curve(folder / "learning_curve.png", history):
+        page.add_section("Learning curves")
+        page.add_picture("learning_curve.png", f"Loss, top-1 accuracy and, where recorded, learning rates over "
+                         f"{len(history)} epochs. {_last_epoch(history)}",
+                         "The training numbers are measured during the epoch, on augmented images.")
+    if evaluation is not None and len(evaluation.index):
+        _add_evaluation(page, evaluation, label_names)
+        if val is not None and head_pictures.draw_pairs(folder / "confused_pairs.png", evaluation, val, label_names):
+            page.add_section("Most confused pairs")
+            page.add_picture("confused_pairs.png", "Pairs of images of the classes that are confused most often.",
+                             "A red frame marks an image that was taken for the other class of its pair.")
+    heads = faim_heads(model)
+    if heads:
+        _add_heads(page, model, heads, history, evaluation, train, val, label_names)
+    if args_text:
+        page.add_section("Options")
+        page.add_options(args_text)
+
+    path = run_folder / PAGE
+    with atomic_write(path) as temporary:
+        temporary.write_text(page.render(run_folder.resolve().name, time.perf_counter() - started), encoding="utf-8")
+    return path
+
+
+def _last_epoch(history: Sequence[Mapping[str, Any]]) -> str:
+    words = [f"{key} {history[-1][key]}" for key in ("train_loss", "eval_loss", "eval_top1") if key in history[-1]]
+    return f"In the last epoch: {', '.join(words)}." if words else ""
+
+
+def _add_evaluation(page: "Page", evaluation: Evaluation, label_names: Sequence[str] | None) -> None:
+    page.add_section("Confusion and calibration")
+    plots.draw_confusion(page.folder / "confusion.png", evaluation, label_names)
+    shown = len(plots.shown_classes(evaluation))
+    page.add_picture(
+        "confusion.png", f"Confusion matrix of {shown} of {evaluation.num_classes} classes; "
+        f"{evaluation.metrics()['top1']:.2f} % of all images lie on the diagonal.",
+        "Rows are true classes, columns predictions; the colours follow the square root so that rare confusions show.")
+    plots.draw_calibration(page.folder / "calibration.png", evaluation)
+    page.add_picture("calibration.png", "Reliability diagram; expected calibration error "
+                     f"{evaluation.ece():.2f} % over 15 bins.",
+                     "Bars below the diagonal: surer than right. Bars above it: righter than sure.")
+    weakest = weakest_classes(evaluation, 10)
+    page.add_table(
+        "Weakest classes", ["class", "images", "right", "accuracy"],
+        [[class_name(label_names, k), evaluation.samples_per_class[k], evaluation.correct_per_class[k],
+          f"{100 * evaluation.correct_per_class[k] / evaluation.samples_per_class[k]:.1f} %"] for k in weakest])
+    page.add_table(
+        "Most confused pairs", ["a", "b", "a taken for b", "b taken for a"],
+        [[class_name(label_names, c.a), class_name(label_names, c.b),
+          f"{c.a_as_b} of {evaluation.samples_per_class[c.a]}", f"{c.b_as_a} of {evaluation.samples_per_class[c.b]}"]
+         for c in evaluation.most_confused(10)])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the heads got for some images of the validation data."""
+
+    positions: np.ndarray  # in the evaluation [N]
+    features: dict[str, torch.Tensor]  # by head, [N, D]
+
+
+def _add_heads(
+        page: "Page", model: nn.Module, heads: Mapping[str, FAIMHead], history: Sequence[Mapping[str, Any]],
+        evaluation: Evaluation | None, train: Pictures | None, val: Pictures | None,
+        label_names: Sequence[str] | None,
+) -> None:
+    examples = np.empty(0, dtype=np.int64)
+    seen = _Seen(examples, {})
+    if evaluation is not None and len(evaluation.index) and val is not None:
+        examples = head_pictures.choose_examples(evaluation)
+        N = len(evaluation.index)
+        spread = np.linspace(0, N - 1, min(N, SHARE_SAMPLE)).round().astype(np.int64)
+        positions = np.unique(np.concatenate([examples, spread]))
+        seen = _Seen(positions, head_features(model, val, evaluation.index[positions])[0])
+
+    page.add_section("FAIM heads" if len(heads) > 1 else "FAIM head")
+    rows = []
+    for number, (name, head) in enumerate(heads.items()):
+        distances = HeadDistances(head)
+        geometry, shares = distances.geometry(), None
+        if name in seen.features:
+            riemannian, form = distances.parts(
+                seen.features[name], torch.from_numpy(evaluation.prediction[seen.positions]))
+            shares = (100 * form / (riemannian + form)).numpy()
+        rows.append(_head_row(name, head, geometry, shares))
+        suffix = f"_{name}" if len(heads) > 1 else ""
+        file = f"head{number if len(heads) > 1 else ''}.png"
+        if head_pictures.draw_head(page.folder / file, geometry, history, suffix, shares):
+            share = "unknown" if shares is None else f"{shares.mean():.2f} % on average"
+            page.add_picture(file, f"Head {name}: λ = {geometry.lmbda:.4g}, γ = {geometry.gamma:.4g}; share of the "
+                             f"1-form in the distance {share}.", f"Head <code>{html.escape(name)}</code>.")
+    page.add_table("Heads", ["head", "features", "classes", "metric", "λ", "γ", "condition of Σ", "λ √(βᵀΣ⁻¹β)",
+                             "1-form's share of the distance"], rows)
+
+    reached = [name for name in heads if name in seen.features]
+    if train is None or not reached:
+        return
+    # of several heads the first: they share what the images look like
+    name = reached[0]
+    shown = head_pictures.Examples.of(
+        examples, seen.features[name][np.searchsorted(seen.positions, examples)], heads[name], evaluation)
+    classes = sorted({*evaluation.prediction[examples].tolist(), *shown.rivals.tolist()})
+    pool = head_pictures.choose_pool(train.targets(), len(train), classes)
+    features, labels = head_features(model, train, pool)
+    distances = HeadDistances(heads[name])
+    typical = head_pictures.typical_images(distances, features.get(name), pool, labels, classes)
+    if head_pictures.draw_examples(
+            page.folder / "prototypes.png", shown, evaluation, distances, typical, train, val, label_names):
+        wrong = int((~evaluation.correct[examples]).sum())
+        page.add_section("Predictions and their prototypes")
+        page.add_picture(
+            "prototypes.png", f"{len(examples)} validation images, {wrong} of them predicted wrongly, beside typical "
+            "training images of the classes and the distances to their prototypes.",
+            f"Left the validation image under its true class. Then, of {len(pool)} training images, those of the "
+            "predicted class that lie nearest to its prototype, and those of the true class where the prediction is "
+            "wrong, else of the next best class; below each its distance. Right the image's own distance to both "
+            "prototypes in its two parts"
+            + (f", in head <code>{html.escape(name)}</code>." if len(heads) > 1 else "."))
+
+
+def _head_row(name: str, head: FAIMHead, geometry: Geometry, shares: np.ndarray | None) -> list[str]:
+    form = "full Σ" if head.metric.full_sigma else "diagonal Σ"
+    kind = form + ("" if head.metric.symmetric else ", Randers") + (", on the sphere" if head.normalize else "")
+    return [name or "(model)", str(head.in_features), str(head.num_classes), kind, f"{geometry.lmbda:.4g}",
+            f"{geometry.gamma:.4g}", f"{geometry.condition:.3g}", f"{geometry.strongest:.3g}",
+            "–" if shares is None else f"{shares.mean():.2f} %"]
+
+
+class Page:
+    """Collects the sections of the page. Captions are HTML, everything else is escaped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.body: list[str] = []
+
+    def add_section(self, title: str) -> None:
+        """A heading."""
+        self.body.append(f"<h2>{html.escape(title)}</h2>")
+
+    def add_cards(self, evaluation: Evaluation) -> None:
+        """The final numbers in large."""
+        metrics = evaluation.metrics()
+        rate = metrics["images_per_s"]
+        cards = [(f"{metrics['top1']:.2f} %", "top-1"), (f"{metrics['top5']:.2f} %", "top-5"),
+                 (f"{metrics['mean_class_top1']:.2f} %", "mean over classes"), (f"{metrics['loss']:.4f}", "loss"),
+                 (f"{metrics['ece']:.2f} %", "calibration error"), (f"{metrics['samples']}", "validation images"),
+                 *([(f"{rate:.0f}", "images/s")] if rate else [])]
+        self.body.append('<div class="cards">' + "".join(
+            f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in cards
+        ) + "</div>")
+
+    def add_picture(self, name: str, alt: str, caption: str = "") -> None:
+        """A PNG of the report folder, embedded."""
+        data = base64.b64encode((self.folder / name).read_bytes()).decode("ascii")
+        caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+        self.body.append(f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alt.strip())}">'
+                         f"{caption}</figure>")
+
+    def add_table(self, title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table, where it has rows."""
+        if not rows:
+            return
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+        self.body.append(f'<div class="scroll"><table><caption>{html.escape(title)}</caption><thead><tr>{head}</tr>'
+                         f"</thead><tbody>{body}</tbody></table></div>")
+
+    def add_options(self, text: str) -> None:
+        """`key: value` lines as a table; any other text as it stands."""
+        try:
+            options = yaml.safe_load(text)
+        except yaml.YAMLError:
+            options = None
+        if not isinstance(options, dict):
+            self.body.append(f"<pre>{html.escape(text)}</pre>")
+            return
+        pairs = "".join(f"<div><dt>{html.escape(str(key))}</dt><dd>{html.escape(_option(value))}</dd></div>"
+                        for key, value in options.items())
+        self.body.append(f"<details open><summary>{len(options)} options</summary><dl>{pairs}</dl></details>")
+
+    def render(self, title: str, seconds: float) -> str:
+        """The whole page."""
+        return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(self.body),
+                            date=time.strftime("%Y-%m-%d %H:%M"), seconds=f"{seconds:.1f}")
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items()) or "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "–"
+    return "–" if value in ("", None) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1></header>
+<main>
+{body}
+</main>
+<footer>timm-faim, {date}; written in {seconds} s</footer>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #5d6873; --line: #d9dee3; --card: #f4f6f8; --back: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ec; --soft: #9aa6b2; --line: #39424b; --card: #20272e; --back: #14191e; }
+}
+body { margin: 0 auto; max-width: 1080px; padding: 1.5rem; color: var(--ink); background: var(--back);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; margin: 0 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem; }
+.cards div { background: var(--card); border-radius: 8px; padding: .6rem .8rem; }
+.cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.cards span, figcaption, footer { color: var(--soft); font-size: .85rem; }
+figure { margin: .8rem 0 1.4rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 8px; display: block; }
+figcaption { margin-top: .3rem; max-width: 70ch; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8rem 0 1.4rem; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 500; }
+summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
+dl { columns: 20rem auto; column-gap: 2rem; font-size: .88rem; margin: .6rem 0; }
+dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
+  break-inside: avoid; padding: .12rem 0; }
+dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 8px; font-size: .85rem; }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .6rem; }
+"""

@@ -1,0 +1,107 @@
+"""What is written once a run has ended, and by --eval-only: tables, pictures and the page."""
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from timm.task import MultiLabelClassificationEvaluator
+
+from timm_faim.training.checkpoint import BEST
+from timm_faim.training.data import TrainingData, build_fit_loader
+from timm_faim.training.errors import UserError
+from timm_faim.training.evaluation import collect, file_names, summary_lines, write_evaluation
+from timm_faim.training.files import atomic_write, create_run_folder
+from timm_faim.training.loop import Training, evaluate
+from timm_faim.training.reporting.page import write_report
+from timm_faim.training.summary import read_summary
+
+
+def evaluate_only(
+        args: argparse.Namespace, model: torch.nn.Module, data: TrainingData, val_loader: Any,
+        img_size: int, accelerator: Accelerator, log: Callable,
+) -> None:
+    """--eval-only: evaluate a model on any number of processes, every image once, and write what came out.
+
+    Args:
+        args: all options.
+        model: on its device.
+        data: the validation data.
+        val_loader: validation images.
+        img_size: pixels, for the name of the folder.
+        accelerator: where and in which precision to run; has prepared no model.
+        log: print of the main process.
+
+    Raises:
+        UserError: the data have other classes than the model.
+    """
+    if model.num_classes != data.num_classes:
+        raise UserError(f"the model has {model.num_classes} classes and the validation data {data.num_classes}. Give "
+                        "the class folders of the training, or its classes in order with --class-map")
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if names and data.label_names and list(names) != list(data.label_names):
+        differ = sorted(set(names) ^ set(data.label_names))[:3] or ["the order"]
+        raise UserError(f"the classes of the validation data are not those of the model (different: "
+                        f"{', '.join(differ)}). Give them in the model's order with --class-map")
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    folder = None
+    if accelerator.is_main_process:
+        folder = create_run_folder(args.output, args.experiment, f"eval-{args.model.split('/')[-1]}", img_size)
+    if args.multi_label:
+        create_evaluator = partial(MultiLabelClassificationEvaluator, accelerator.device,
+                                   threshold=args.multilabel_threshold)
+        metrics = evaluate(prepared, val_loader, accelerator, args, create_evaluator)
+        if folder is not None:
+            with atomic_write(folder / "eval.json") as temporary:
+                temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            log(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    else:
+        _write(prepared, data, val_loader, accelerator, args, folder, {"model": args.model}, log)
+    log(f"evaluation in {folder}")
+    accelerator.end_training()
+
+
+def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict[str, Any], log: Callable) -> None:
+    """Evaluate the best weights as a person would open them, and write the tables and the page; a collective call.
+
+    Args:
+        run: the run, ended.
+        data: the data.
+        val_loader: validation images, or None: then the curves and the heads alone are shown.
+        data_config: preprocessing.
+        log: print of the main process.
+    """
+    args, accelerator = run.args, run.accelerator
+    accelerator.wait_for_everyone()
+    dtype = getattr(torch, args.model_dtype or "float32")
+    model = timm.create_model(f"local-dir:{run.run_folder}", pretrained=True).to(accelerator.device, dtype).eval()
+    evaluation = None
+    if val_loader is not None and not args.multi_label:
+        folder = run.run_folder / "eval" if accelerator.is_main_process else None
+        evaluation = _write(model, data, val_loader, accelerator, args, folder,
+                            {"model": args.model, "weights": str(run.run_folder / BEST)}, log)
+    if accelerator.is_main_process:
+        page = write_report(
+            run.run_folder, model, read_summary(run.run_folder / "summary.csv"), label_names=data.label_names,
+            evaluation=evaluation, train_images=build_fit_loader(args, data_config, accelerator),
+            val_images=val_loader, args_text=(run.run_folder / "args.yaml").read_text(encoding="utf-8"),
+        )
+        log(f"report: {page}" if page else "no report.html: matplotlib is not installed "
+                                           "(pip install 'timm-faim[train]')")
+    accelerator.wait_for_everyone()
+
+
+def _write(
+        model: torch.nn.Module, data: TrainingData, val_loader: Any, accelerator: Accelerator,
+        args: argparse.Namespace, folder: Path | None, info: dict[str, Any], log: Callable,
+) -> Any:
+    evaluation = collect(model, val_loader, accelerator, args)
+    if folder is not None:
+        write_evaluation(folder, evaluation, data.label_names, file_names(data.val), info)
+        for line in summary_lines(evaluation, data.label_names):
+            log(line)
+    return evaluation

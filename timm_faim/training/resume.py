@@ -1,0 +1,127 @@
+"""Which run folder a run writes to, and the checkpoint it goes on from."""
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from timm_faim.training.errors import UserError
+from timm_faim.training.files import check_writable, create_run_folder
+from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
+
+# Options that may differ between the parts of one run.
+_RUNTIME = {
+    "resume", "no_resume_opt", "experiment", "output", "config", "workers", "log_interval", "cpu_threads", "stop_epoch",
+    "recovery_interval", "checkpoint_hist", "dry_run", "report", "log_with", "project_name", "log_wandb",
+    "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"
+}
+
+
+def open_run_folder(
+        args: argparse.Namespace, requested: dict[str, Any], accelerator: Accelerator, img_size: int, epochs: int,
+        count: int, log: Callable,
+) -> tuple[Path, Path | None]:
+    """Find or make the run folder and the checkpoint; a collective call.
+
+    Args:
+        args: all options, completed.
+        requested: `as_recipe` of the options as they were asked for, taken before any was derived from others.
+        accelerator: for the main process to decide and the others to follow.
+        img_size: pixels, for the name of a new folder.
+        epochs: length of the run, which tells finished ones from others.
+        count: number of training images.
+        log: print of the main process.
+
+    Returns:
+        The folder, and the checkpoint to resume from or None.
+
+    Raises:
+        UserError: the folder cannot be used, or --resume finds nothing, something damaged or more than one run.
+    """
+    decided: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            decided[0] = str(_choose_folder(args, requested, img_size, epochs, log))
+        except UserError as e:
+            decided[1] = str(e)
+    folder, problem = broadcast_object_list(decided)
+    if problem:
+        raise UserError(problem)
+    if not args.resume:
+        return Path(folder), None
+
+    named = _checkpoint_of(args.resume)
+    if named is not None:
+        check_checkpoint(named, accelerator)
+    checkpoint = named or find_checkpoint(Path(folder), accelerator, log)
+    if checkpoint is None and args.resume != "auto":
+        raise UserError(f"--resume {args.resume}: no whole checkpoint in {Path(folder, FOLDER)}. Name a run folder or "
+                        "a checkpoint in it, or use --resume auto, which starts anew where there is none")
+    if checkpoint is not None and accelerator.is_main_process:
+        _tell(requested, Path(folder), checkpoint, accelerator, count, log)
+    return Path(folder), checkpoint
+
+
+def _choose_folder(
+        args: argparse.Namespace, requested: dict[str, Any], img_size: int, epochs: int, log: Callable,
+) -> Path:
+    if not args.resume:
+        return create_run_folder(args.output, args.experiment, args.model, img_size)
+    if args.resume != "auto":
+        checkpoint = _checkpoint_of(args.resume)
+        folder = checkpoint.parents[1] if checkpoint else Path(args.resume)
+        if not folder.is_dir():
+            raise UserError(f"--resume {args.resume} is no folder. Name a run folder or a checkpoint in it, or auto")
+        return check_writable(folder)
+    if args.experiment:
+        folder = Path(args.output, args.experiment)
+        if folder.is_dir():
+            return check_writable(folder)
+        return create_run_folder(args.output, args.experiment, args.model, img_size)
+
+    runs = [path.parents[1] for path in Path(args.output).glob(f"*/{FOLDER}/checkpoint-*")]
+    unfinished = [run for run in sorted(set(runs)) if not _changes(run, requested) and epochs_done(run) < epochs]
+    if len(unfinished) > 1:
+        raise UserError(f"--resume auto finds {len(unfinished)} unfinished runs with these options in {args.output}: "
+                        f"{', '.join(run.name for run in unfinished[:3])}. Choose one with --resume FOLDER, or give "
+                        "each run a name with --experiment")
+    if unfinished:
+        return check_writable(unfinished[0])
+    log(f"--resume auto: no unfinished run with these options in {args.output}; starting anew")
+    return create_run_folder(args.output, "", args.model, img_size)
+
+
+def _checkpoint_of(resume: str) -> Path | None:
+    path = Path(resume).absolute()
+    return path if is_checkpoint(path) else None
+
+
+def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options of a run folder that differ from those asked for: name to (before, now)."""
+    try:
+        before = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {"args.yaml": (None, None)}
+    now = yaml.safe_load(yaml.safe_dump(requested))
+    derived = {"lr"} - now.keys()  # the rate that follows the batch is on record, but was not asked for
+    keys = (before.keys() | now.keys()) - _RUNTIME - derived
+    return {key: (before.get(key), now.get(key)) for key in sorted(keys) if before.get(key) != now.get(key)}
+
+
+def _tell(
+        requested: dict[str, Any], folder: Path, checkpoint: Path, accelerator: Accelerator, count: int, log: Callable,
+) -> None:
+    log(f"resuming from {checkpoint}")
+    for key, (before, now) in _changes(folder, requested).items():
+        log(f"  option {key} has changed: {before} before, {now} now")
+    processes, images = (layout_of(checkpoint)[key] for key in ("processes", "images"))
+    if images != count:
+        log(f"  the training data had {images} images before and have {count} now; the epoch goes on at that image")
+    if processes != accelerator.num_processes:
+        log(f"  the checkpoint was written by {processes} processes, this run has {accelerator.num_processes}. "
+            "Weights, optimiser and schedule go on as they were; not exact: batch-norm statistics of single processes, "
+            "which images share a batch, and the random augmentation; an epoch goes on at the nearest batch")
+

@@ -1,0 +1,80 @@
+"""What a run tells while it trains: args.yaml, summary.csv and one line an epoch."""
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from timm_faim import faim_heads
+from timm_faim.training.files import atomic_write
+
+
+def save_recipe(recipe: dict[str, Any], path: Path) -> None:
+    """Write the options as YAML: `--config args.yaml` with another --experiment repeats the run."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def head_metrics(model: torch.nn.Module) -> dict[str, float]:
+    """λ and γ of every FAIM head, by column name; a collective call for a sharded model."""
+    heads = faim_heads(model)
+    metrics = {}
+    for name, head in heads.items():
+        suffix = f"_{name}" if len(heads) > 1 and name else ""
+        # Effective values: the signs have no effect.
+        metrics[f"lambda{suffix}"] = round(abs(_whole(head.metric.lmbda).item()), 5)
+        metrics[f"gamma{suffix}"] = round(abs(_whole(head.scale).item()), 4)
+    return metrics
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def append_summary(path: Path, epoch: int, train: dict[str, Any], val: dict[str, Any], lr: float) -> None:
+    """Add one epoch to summary.csv, with the columns of timm's `update_summary`.
+
+    timm's function writes no header anew where a row has other columns: an epoch without validation leaves cells empty.
+    """
+    row = {"epoch": epoch, **{f"train_{k}": v for k, v in train.items()}, **{f"eval_{k}": v for k, v in val.items()},
+           "lr": lr}
+    _write_rows(path, [*read_summary(path), row])
+
+
+def read_summary(path: Path) -> list[dict[str, str]]:
+    """The rows of summary.csv; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def cut_summary(path: Path, epoch: int) -> None:
+    """Remove the rows of `epoch` and later, which a resumed run will write again."""
+    rows = read_summary(path)
+    kept = [row for row in rows if int(row["epoch"]) < epoch]
+    if len(kept) < len(rows):
+        _write_rows(path, kept)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def epoch_line(
+        epoch: int, epochs: int, train: dict[str, Any], val: dict[str, Any], is_best: bool,
+) -> str:
+    """One line for a person; `val` is empty in an epoch without validation."""
+    stage = f" ({train['stage']})" if "stage" in train else ""
+    line = f"epoch {epoch + 1:3d}/{epochs}{stage}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
+    if "top1" in val:
+        line += (f" | validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} %"
+                 f" of {val['samples']} images")
+    elif val:
+        line += " | validation " + ", ".join(f"{key} {value:.3f}" for key, value in val.items() if key != "samples")
+    return f"{line} | {train['images_per_s']:.0f} images/s, {train['seconds']:.1f} s{'  *' if is_best else ''}"
