@@ -12,7 +12,8 @@ import train_faim
 
 # A tiny model on 32-pixel images; the 12 training images of `make_images` in batches of 4 make 3 steps an epoch.
 TINY = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--opt", "adamw", "--lr", "0.003",
-        "--warmup-epochs", "0", "--no-aug", "--log-interval", "1"]
+        "--warmup-epochs", "0", "--no-aug", "--log-interval", "1", "--cpu-threads", "1",
+        "--no-report"]
 
 
 def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, classes=("bird", "cat", "dog")) -> Path:
@@ -32,10 +33,15 @@ def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, cl
     return root
 
 
-def train(*argv: object) -> None:
-    """One run in this process, with a fresh Accelerator and one thread (more only get in each other's way here)."""
+def fresh_accelerator() -> None:
+    """Forget the settings of the Accelerator before."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+def train(*argv: object) -> None:
+    """One run in this process, with a fresh Accelerator and one thread (more only get in each other's way here)."""
+    fresh_accelerator()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

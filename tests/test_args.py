@@ -1,9 +1,13 @@
 """Command line and recipes: precedence, types, and errors that name the mend."""
+import argparse
+from pathlib import Path
+
 import pytest
 import yaml
 
-from timm_faim.training.args import as_recipe, build_parser, parse_args
+from timm_faim.training.args import as_recipe, build_parser, loss_name, parse_args
 from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.flags import ONE_LAUNCH
 
 
 @pytest.fixture
@@ -115,5 +119,191 @@ def test_every_option_has_help():
     assert [a.dest for a in build_parser()._actions if not a.help] == []
 
 
+def test_every_option_is_in_the_table_of_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    flags = [a.option_strings for a in build_parser()._actions if a.dest not in ("help", "data")]
+    assert [names for names in flags if not any(f"`{name}" in text or f" {name}" in text for name in names)] == []
+
+
 def test_did_you_mean_stays_silent_when_nothing_is_near():
     assert did_you_mean("qqqq", ["epochs"]) == ""
+
+
+# Every kind of flag, none at its default: lists, dictionaries, numbers, names, both kinds of switches.
+MANY = """--data-dir d --model faim_resnet18 --faim-cfg margin=0.1 init=seed --stages 2 0.5 --freeze-gamma --no-aug
+    --lr-scale-mu 3 --lr-scale-lambda 0.5 --freeze layer1 blocks.* --val-split= --no-report --no-ddp-bb --cutmix-minmax
+    0.2 0.8 --batch-size 6 --mixup-off-epoch 3 --opt-kwargs amsgrad=True --lr-noise 0.4 0.9 --lr-k-decay 2 --resume auto
+    --no-resume-opt --start-epoch 1 --stop-epoch 4 --loss bce --bce-sum --bce-target-thresh 0.2 --kd-model-name x
+    --task-loss-weight 0.3 --log-with tensorboard --project-name p --train-interpolation= --split-bn --resplit
+    --torchcompile --torchcompile-mode reduce-overhead --model-dtype bfloat16 --eval-metric loss --gp max --fast-norm
+    --pretrained-path w.pt --train-crop-mode rkrc --recovery-interval 7 --checkpoint-hist 2 --val-interval 3 --dry-run
+    --remode const --decay-milestones 1 2 --sched multistep --smoothing 0.2 --drop-block 0.1 --bn-eps 1e-3""".split()
+
+
+def test_every_option_survives_a_recipe(tmp_path):
+    args = parse_args(MANY)
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(as_recipe(args)))
+    again = parse_args(["-c", str(path)])
+    again.config = args.config
+    assert again == args
+
+
+def test_command_line_takes_back_every_switch_and_list_of_a_recipe(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(as_recipe(parse_args(MANY))))
+    back = parse_args(["-c", str(path), "--aug", "--ddp-bb", "--resume-opt", "--report", "--freeze", "--log-with",
+                       "--no-freeze-gamma", "--stages", "0", "0", "--cutmix-minmax", "--mixup-off-epoch", "0",
+                       "--lr-noise", "--no-dry-run"])
+    assert not (back.no_aug or back.no_ddp_bb or back.no_resume_opt or back.freeze_gamma or back.dry_run)
+    assert back.report and back.log_with == []
+    assert (back.freeze, back.stages, back.cutmix_minmax, back.lr_noise) == (None, None, None, None)
+
+
+def test_every_switch_can_be_taken_back():
+    """A recipe's switches that only go one way could not be overridden."""
+    for action in build_parser()._actions:
+        if action.nargs == 0 and not isinstance(action, argparse._HelpAction):
+            assert len(action.option_strings) == 2, action.option_strings
+
+
+def test_positional_folder(recipe):
+    assert parse_args(["d", "--epochs", "3"]).data_dir == "d"
+    assert parse_args(["--epochs", "3", "d"]).data_dir == "d"
+    # The recipe ends with a list, which must not swallow the folder.
+    config = recipe(data_dir="e", mean=[0.5], std=[0.5])
+    args = parse_args(["d", "-c", config])
+    assert (args.data_dir, args.std) == ("d", [0.5])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["d", "--data-dir", "e"], "two folders of data: d and --data-dir e"),
+    (["d", "e"], "cannot place 'e': one folder of data"),
+])
+def test_two_folders(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(argv)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/checkpoint-3"])
+def test_resume_takes_the_recipe_of_the_run_without_what_belongs_to_one_launch(tmp_path, place):
+    run = tmp_path / "run"
+    (run / place).mkdir(parents=True)
+    before = parse_args([*MANY, "--epochs", "7"])
+    (run / "args.yaml").write_text(yaml.safe_dump(as_recipe(before)))
+    args = parse_args(["--resume", str(run / place), "--workers", "1"])
+    assert (args.epochs, args.freeze, args.workers, args.resume) == (7, ["layer1", "blocks.*"], 1, str(run / place))
+    parser = build_parser()
+    assert all(getattr(args, key) == parser.get_default(key) for key in ONE_LAUNCH if key != "resume")
+    assert args.config == str(run / "args.yaml")
+
+
+def test_resume_with_a_recipe_or_data_of_its_own(tmp_path, recipe):
+    (tmp_path / "args.yaml").write_text("{data_dir: d, epochs: 7}")
+    assert parse_args(["--resume", str(tmp_path), "-c", recipe(data_dir="e", epochs=9)]).epochs == 9
+    assert parse_args(["--resume", str(tmp_path), "--data-dir", "e"]).epochs == 7
+    assert parse_args(["--resume", str(tmp_path / "weights"), "--data-dir", "e"]).config is None
+    with pytest.raises(UserError, match=r"--resume .*nowhere: no args\.yaml there"):
+        parse_args(["--resume", str(tmp_path / "nowhere")])
+    assert parse_args(["--resume", "auto"]).dataset == "omniglot242"
+
+
+@pytest.mark.parametrize(("argv", "smoothing", "metric", "loss"), [
+    ([], 0.1, "top1", "ce"), (["--multi-label", "--dataset", "hfds/x"], 0.0, "map", "bce"),
+    (["--multi-label", "--dataset", "hfds/x", "--smoothing", "0.1", "--loss", "asl"], 0.1, "map", "asl"),
+    (["--val-split", ""], 0.1, "loss", "ce"), (["--jsd-loss", "--aug-splits", "3"], 0.1, "top1", "jsd"),
+    (["--bce-loss", "--eval-metric", "top5"], 0.1, "top5", "bce"),
+])
+def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
+    args = parse_args(["--data-dir", "d", *argv])
+    assert (args.smoothing, args.eval_metric, loss_name(args)) == (smoothing, metric, loss)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    # values
+    ("--aug-splits 1", "--aug-splits must be 0 or at least 2, got 1"),
+    ("--cutmix-minmax 0.8 0.2", r"--cutmix-minmax takes MIN < MAX in 0\.\.1, got 0\.8 0\.2"),
+    ("--cutmix-minmax 0.8", r"--cutmix-minmax takes MIN < MAX"),
+    ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one or two shares"),
+    ("--lr-scale-mu 0", r"--lr-scale-mu must be greater than 0, got 0\.0"),
+    ("--model faim_resnet18 --lr-scale-lambda -1", "--lr-scale-lambda must be greater than 0"),
+    ("--model faim_resnet18 --stages -1 2", "--stages must not be negative, got -1 2"),
+    ("--hflip 1.5", r"--hflip must lie in 0\.\.1, got 1\.5"),
+    ("--train-last 0", "--train-last must be at least 1, got 0"),
+    ("--cache-views -1", "--cache-views must not be negative"),
+    ("--start-epoch 300", "--start-epoch 300 leaves none of the 300 epochs"),
+    ("--eval-metric map", "--eval-metric map is not computed. Choose one of loss, top1, top5"),
+    ("--eval-metric top1 --multi-label --dataset hfds/x", "Choose one of loss, map"),
+    ("--multilabel-threshold 1", "--multilabel-threshold must lie between 0 and 1"),
+    ("--log-with tensorbord", "unknown --log-with tensorbord. Did you mean tensorboard"),
+    # combinations
+    ("--mixup 0.2 --aug-splits 2", "--mixup and --cutmix do not go with --aug-splits"),
+    ("--cutmix-minmax 0.2 0.8 -b 7", "--batch-size must be even, got 7"),
+    ("--jsd-loss", "give --aug-splits 2 or more"),
+    ("--jsd-loss --mixup 0.1", "do not go with the jsd loss"),
+    ("--jsd-loss --bce-loss --aug-splits 2", "--bce-loss and --jsd-loss exclude each other"),
+    ("--loss ce --bce-loss", "--loss and --bce-loss exclude each other"),
+    ("--aug-splits 2 --no-aug", "--aug-splits needs augmentation"),
+    ("--split-bn", "--split-bn needs a split batch"),
+    ("--split-bn --resplit -b 5", "--split-bn halves the batch"),
+    ("--split-bn --aug-splits 2 --sync-bn", "--split-bn and --sync-bn exclude each other"),
+    ("--bce-sum", "--bce-sum is an option of the bce loss"),
+    ("--loss zlpr", "--loss zlpr needs --multi-label"),
+    ("--loss asl --mixup 0.1", "--loss asl does not go with"),
+    ("--loss twoway --multi-label --dataset hfds/x --smoothing 0.1", "--loss twoway takes targets 0 and 1"),
+    ("--multi-label", "--multi-label needs a data set whose images have several labels"),
+    ("--multi-label --dataset hfds/x --jsd-loss --aug-splits 2", "--multi-label does not go with the jsd loss"),
+    ("--multi-label --dataset hfds/x --kd-model-name y", "--kd-model-name does not go with --multi-label"),
+    ("--multi-label --dataset hfds/x --model faim_resnet18 --head-init data", "--head-init data does not go with"),
+    ("--target-format multihot", "--target-format is for --multi-label"),
+    ("--task-loss-weight 0.3", "--task-loss-weight needs a teacher"),
+    ("--fsdp --model-ema", "--model-ema does not work under --fsdp"),
+    ("--head-only --train-last 2", "--head-only and --train-last exclude each other"),
+    ("--freeze a --head-only", "--freeze and --head-only exclude each other"),
+    ("--model faim_resnet18 --freeze-gamma", "--freeze-gamma is for the warm-up stage"),
+    ("--model faim_resnet18 --freeze-gamma --stages 0 1", "--freeze-gamma is for the warm-up stage"),
+    ("--cache-features", "give --head-only"),
+    ("--cache-views 2", "--cache-views needs --cache-features"),
+    ("--cache-features --head-only --mixup 0.1", "--cache-features does not go with --mixup and --cutmix"),
+    ("--cache-features --head-only --kd-model-name x", "--cache-features does not go with --kd-model-name"),
+    ("--cache-features --head-only --dataset wds/", "--cache-features does not go with --dataset wds/"),
+    ("--amp --model-dtype bfloat16", "--amp needs weights in float32"),
+    ("--torchcompile-mode default", "--torchcompile-mode needs --torchcompile"),
+    ("--val-split= --eval-only", "--eval-only needs validation data"),
+    ("--val-split= --sched plateau", "--sched plateau follows the validation"),
+    ("--mixup-off-epoch 3", "--mixup-off-epoch needs --mixup or --cutmix"),
+    ("--epoch-repeats 2", "--epoch-repeats is for hfids/ and tfds/ data"),
+    ("--train-num-samples 5 --dataset hfds/x", "are for streamed data"),
+    ("--target-key x", "--input-key and --target-key are for"),
+    ("--aug-repeats 3 --dataset wds/", "--aug-repeats does not go with streamed data"),
+    ("--aug-splits 2 --dataset hfids/x", "--aug-splits does not go with streamed data"),
+    ("--wandb-project p", "--wandb-project needs --log-wandb"),
+])
+def test_options_that_do_not_go(argv, message):
+    with pytest.raises(UserError, match=message) as raised:
+        parse_args(["--data-dir", "d", "--model", "resnet18", *argv.split()])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("flag", ["--stages 1 2", "--freeze-gamma", "--lr-scale-metric 2", "--lr-scale-scalars 2",
+                                  "--lr-scale-lambda 2"])
+def test_options_of_faim_models_on_a_plain_one(recipe, flag):
+    with pytest.raises(UserError, match=f"{flag.split()[0]} is for FAIM models"):
+        parse_args(["--data-dir", "d", "--model", "resnet18", *flag.split()])
+    config = recipe(data_dir="d", model="faim_resnet18", stages=[1, 2], lr_scale_metric=3.0, lr_scale_mu=2.0)
+    args = parse_args(["-c", config, "--model", "resnet18"])
+    assert (args.stages, args.lr_scale_metric, args.lr_scale_mu) == (None, 1.0, 2.0)
+
+
+def test_defaults_and_types_are_timms():
+    """Flags that timm_faim shares with timm's train.py keep its defaults; docs/training.md names the exceptions."""
+    expected = dict(
+        train_split="train", val_split="validation", batch_size=128, opt="sgd", momentum=0.9, weight_decay=2e-5,
+        sched="cosine", lr_base=0.1, lr_base_size=256, warmup_lr=1e-5, min_lr=0.0, epochs=300, warmup_epochs=5,
+        lr_noise_pct=0.67, lr_cycle_decay=0.5, lr_cycle_limit=1, decay_rate=0.1, hflip=0.5, color_jitter=0.4,
+        reprob=0.0, remode="pixel", recount=1, smoothing=0.1, train_interpolation="random", dist_bn="reduce",
+        model_ema_decay=0.9998, seed=42, log_interval=50, val_interval=1, checkpoint_hist=10, workers=4,
+        kd_temperature=4.0, kd_distill_type="logit", mixup_prob=1.0, mixup_switch_prob=0.5, clip_mode="norm",
+        eval_metric="top1", aug_splits=0, epoch_repeats=0.0, layer_decay_min_scale=0.0, amp_dtype="float16")
+    args = vars(parse_args(["d"]))
+    assert {key: args[key] for key in expected} == expected

@@ -68,10 +68,10 @@ def test_weights_are_contiguous_and_best_stays(tmp_path):
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     model.tied = model.weight  # safetensors refuses shared memory
     best = model.weight.detach().clone()
-    save_weights(model, tmp_path, is_best=True)
+    save_weights(model.state_dict(), tmp_path, is_best=True)
     with torch.no_grad():
         model.weight.zero_()
-    save_weights(model, tmp_path, is_best=False)
+    save_weights(model.state_dict(), tmp_path, is_best=False)
     for name in (BEST, TIMM_NAME):
         assert torch.equal(load_file(tmp_path / name)["weight"], best)
     assert load_file(tmp_path / LAST)["weight"].abs().sum() == 0

@@ -6,19 +6,24 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from timm.task import ClassificationTask
 
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
-from timm_faim.training.loop import LateReader, evaluate, train_one_epoch
+from timm_faim.training.loop import LateReader, Training, evaluate, train_one_epoch
 
 ARGS = SimpleNamespace(grad_accum_steps=1, clip_grad=None, clip_mode="norm", channels_last=False, log_interval=1,
-                       skip_unreadable=False)
+                       seed=0, skip_unreadable=False, multi_label=False, mixup_off_epoch=0, recovery_interval=0,
+                       smoothing=0.0)
 
 
 class Batches(list):
-    """A list of batches with the attributes of a loader."""
+    """A list of batches with the attributes of a loader and of an order."""
 
     sampler = None
+
+    def batches(self, epoch, start):
+        return iter(self[start:])
 
 
 def random_batches(count, size=2, seed=0):
@@ -32,34 +37,38 @@ def linear_model():
     return torch.nn.Linear(4, 3)
 
 
-def run_epoch(model, batches, folder, criterion=None, **options):
+def training(model, batches, folder, criterion=None, **options):
     accelerator = Accelerator(cpu=True)
     args = SimpleNamespace(**vars(ARGS) | options)
+    task = ClassificationTask(model, criterion=criterion or torch.nn.CrossEntropyLoss(), verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    return train_one_epoch(0, prepared, batches, criterion or torch.nn.CrossEntropyLoss(), optimizer, None, accelerator,
-                           args, folder)
+    task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
+    return Training(args, accelerator, model, model, task, optimizer, batches, folder)
+
+
+def run_epoch(model, batches, folder, criterion=None, **options):
+    return train_one_epoch(training(model, batches, folder, criterion, **options))
 
 
 def test_late_reader_reads_each_step_one_step_late():
     read = []
-    reader = LateReader(lambda loss, hits, name: read.append((loss, hits, name)))
+    reader = LateReader(lambda numbers, name: read.append((*numbers, name)))
     for i, name in enumerate("abc"):
-        reader.push(torch.tensor(float(i)), torch.tensor(i), name)
+        reader.push(torch.tensor([float(i), 2.0 * i]), name)
         assert len(read) == i
     reader.flush()
     reader.flush()
-    assert read == [(0, 0, "a"), (1, 1, "b"), (2, 2, "c")]
+    assert read == [(0, 0, "a"), (1, 2, "b"), (2, 4, "c")]
 
 
 @pytest.mark.gpu
 def test_late_reader_on_gpu():
     read = []
-    reader = LateReader(lambda loss, hits: read.append((loss, hits)))
+    reader = LateReader(read.append)
     for i in range(20):
-        reader.push(torch.full((), float(i), device="cuda"), torch.full((), i, device="cuda"))
+        reader.push(torch.full((2,), float(i), device="cuda"))
     reader.flush()
-    assert read == [(i, i) for i in range(20)]
+    assert read == [[i, i] for i in range(20)]
 
 
 @pytest.mark.parametrize("accum", [1, 2, 3])
@@ -89,17 +98,37 @@ def test_clipping_bounds_the_update(tmp_path):
 def test_training_metrics_are_sample_means(tmp_path):
     batches = random_batches(4, size=3)
     model = linear_model()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    criterion = torch.nn.CrossEntropyLoss()
-    unused = torch.nn.Parameter(torch.zeros(()))
-    accelerator = Accelerator(cpu=True)
-    metrics = train_one_epoch(
-        0, model, batches, lambda o, t: criterion(o, t) + 0 * unused, accelerator.prepare(torch.optim.SGD([unused])),
-        None, accelerator, ARGS, tmp_path)
+    run = training(model, batches, tmp_path)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    metrics = train_one_epoch(run)
     images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert metrics["loss"] == pytest.approx(criterion(model(images), target).item(), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(images), target).item(), rel=1e-6)
     assert metrics["top1"] == pytest.approx(100 * (model(images).argmax(1) == target).float().mean().item())
+    assert (run.progress.step, run.progress.updates, run.progress.samples) == (4, 4, 12)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_an_epoch_goes_on_where_the_progress_stands(tmp_path, step):
+    batches = random_batches(5)
+    whole = training(linear_model(), batches, tmp_path)
+    expected = train_one_epoch(whole)
+    first = training(linear_model(), Batches(batches[:step]), tmp_path)
+    train_one_epoch(first)
+    second = training(first.model, batches, tmp_path)
+    second.progress = first.progress
+    again = train_one_epoch(second)
+    assert torch.equal(first.model.weight, whole.model.weight)
+    assert (again["loss"], again["top1"]) == (expected["loss"], expected["top1"])
+
+
+def test_a_request_to_stop_is_met_at_an_update_with_a_checkpoint(tmp_path):
+    run = training(linear_model(), random_batches(7), tmp_path, grad_accum_steps=2)
+    saved = []
+    run.checkpointer = SimpleNamespace(save=lambda progress: saved.append((progress.step, progress.samples)))
+    run.stop.requested = True
+    assert train_one_epoch(run) is None and run.is_stopping
+    assert saved == [(2, 4)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +17,12 @@ from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 
-import train_faim
 from timm_faim import faim_heads
-from timm_faim.training import factories, report
+from timm_faim.training import epochs, loop, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.errors import UserError
 from timm_faim.training.loop import evaluate
+from timm_faim.training.reporting import plots
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,14 +45,16 @@ def evaluate_run(run, images):
 @pytest.fixture(scope="module")
 def faim_run(images, tmp_path_factory):
     return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "normalize=True", "margin=0.2",
-                      "--damp-epochs", "2", "--head-init", "data", "--epochs", "3")
+                      "--damp-epochs", "2", "--head-init", "data", "--epochs", "3", "--report")
 
 
 def test_run_folder_is_complete(faim_run):
     assert {p.name for p in faim_run.iterdir()} == {
-        "args.yaml", "config.json", "learning_curve.png", "last.safetensors", "model.safetensors",
-        "model_best.safetensors", "summary.csv"}
+        "args.yaml", "checkpoints", "config.json", "eval", "learning_curve.png", "last.safetensors",
+        "model.safetensors", "model_best.safetensors", "report", "report.html", "summary.csv", "top"}
     assert (faim_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((faim_run / "checkpoints").iterdir())) == 2
+    assert sorted(p.name for p in (faim_run / "top").iterdir()) == [f"epoch_000{n}.safetensors" for n in (1, 2, 3)]
 
 
 def test_summary_has_one_row_an_epoch(faim_run):
@@ -125,19 +128,15 @@ def test_average_of_the_weights_is_what_is_evaluated_and_saved(images, tmp_path)
 
 
 def test_bad_loss_in_a_later_epoch_keeps_the_checkpoint(images, tmp_path, monkeypatch):
-    built = factories.build_criterion
+    forward = tasks.ClassificationTask.forward
     calls = []
 
-    def build_criterion(args, model):
-        criterion = built(args, model)
+    def breaking(task, images, target):
+        calls.append(None)
+        result = forward(task, images, target)
+        return result | {"loss": result["loss"] * (float("nan") if len(calls) == 5 else 1)}  # 3 steps an epoch
 
-        def loss(output, target):
-            calls.append(None)
-            return criterion(output, target) * (float("nan") if len(calls) == 5 else 1)  # 3 steps an epoch
-
-        return loss
-
-    monkeypatch.setattr(factories, "build_criterion", build_criterion)
+    monkeypatch.setattr(tasks.ClassificationTask, "forward", breaking)
     with pytest.raises(UserError, match=r"loss is nan in epoch 2, step 2.*earlier epochs are kept"):
         train_tiny(images, tmp_path)
     run = tmp_path / "run"
@@ -149,32 +148,35 @@ def test_weights_that_break_in_the_last_step_are_not_saved(images, tmp_path, mon
     def bad_evaluation(*_):
         return {"loss": float("nan"), "top1": 0.0, "top5": 0.0, "samples": 7}
 
-    monkeypatch.setattr(train_faim, "evaluate", bad_evaluation)
+    monkeypatch.setattr(epochs, "evaluate", bad_evaluation)
     with pytest.raises(UserError, match="validation loss is nan after epoch 1"):
         train_tiny(images, tmp_path)
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_ctrl_c_says_what_is_kept(images, tmp_path, monkeypatch, capsys):
-    one_epoch = train_faim.train_one_epoch
+    one_epoch = loop.train_one_epoch
 
-    def interrupted(epoch, *rest):
-        if epoch == 1:
+    def interrupted(run):
+        if run.progress.epoch == 1:
             raise KeyboardInterrupt
-        return one_epoch(epoch, *rest)
+        return one_epoch(run)
 
-    monkeypatch.setattr(train_faim, "train_one_epoch", interrupted)
+    monkeypatch.setattr(epochs, "train_one_epoch", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train_tiny(images, tmp_path)
     assert stopped.value.code == 130
-    assert f"stopped by Ctrl-C in epoch 2; 1 finished epochs are kept in {tmp_path / 'run'}" in capsys.readouterr().out
+    said = f"stopped by Ctrl-C in epoch 2; 1 finished epochs are kept in {tmp_path / 'run'}. Go on from the last"
+    assert said in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_run_says_so_once(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    run = train_tiny(images, tmp_path)
-    assert capsys.readouterr().out.count("matplotlib is not installed") == 1
-    assert len(read_summary(run)) == 2 and not (run / "learning_curve.png").exists()
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    run = train_tiny(images, tmp_path, "--report")
+    output = capsys.readouterr().out
+    for name in ("learning_curve.png", "report.html"):
+        assert output.count(f"no {name}: matplotlib is not installed") == 1
+    assert len(read_summary(run)) == 2 and not list(run.rglob("*.png")) and not (run / "report.html").exists()
 
 
 def test_last_line_says_how_to_load_the_result(images, tmp_path, capsys):
@@ -206,7 +208,7 @@ def test_skipped_images_are_reported_after_each_epoch(tmp_path, capsys):
     (["--initial-checkpoint", "no/such.safetensors"], r"--initial-checkpoint no/such\.safetensors is no file"),
 ])
 def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr(train_faim, "train_one_epoch", lambda *_: pytest.fail("training has begun"))
+    monkeypatch.setattr(epochs, "train_one_epoch", lambda *_: pytest.fail("training has begun"))
     with pytest.raises(UserError, match=message):
         train_tiny(images, tmp_path, *argv)
 
@@ -288,3 +290,92 @@ def test_training_on_from_a_damped_model_evaluates_what_it_saves(images, tmp_pat
     model, again = evaluate_run(second, images)
     assert model.get_classifier().metric.damping.item() == pytest.approx(0.8)
     assert again["loss"] == pytest.approx(float(read_summary(second)[0]["eval_loss"]), abs=1e-5)
+
+
+def evaluation_in(folder):
+    (written,) = folder.glob("*/eval.json")
+    return json.loads(written.read_text())["metrics"]
+
+
+def test_evaluation_alone_is_that_of_the_run(faim_run, images, tmp_path):
+    best = max(read_summary(faim_run), key=lambda row: float(row["eval_top1"]))
+    shutil.copytree(images / "val", tmp_path / "data" / "val")  # no training images are needed
+    train("--eval-only", "--resume", faim_run, "--output", tmp_path / "a")  # not into the run's own folder
+    model = f"local-dir:{faim_run}"
+    train("--eval-only", "--model", model, "--data-dir", tmp_path / "data", "--output", tmp_path / "b", "-j", "0")
+    for folder in ("a", "b"):
+        metrics = evaluation_in(tmp_path / folder)
+        assert metrics["samples"] == 7
+        assert metrics["top1"] == pytest.approx(float(best["eval_top1"]))
+        assert metrics["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
+
+
+def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):
+    for classes, message in [(("bird", "cat"), "model has 3 classes and the validation data 2"),
+                             (("bird", "cat", "wolf"), "not those of the model .different: dog, wolf")]:
+        data = make_images(tmp_path / f"{len(classes)}{classes[-1]}", classes=classes)
+        with pytest.raises(UserError, match=message):
+            train("--eval-only", "--model", f"local-dir:{faim_run}", "--data-dir", data, "--output", tmp_path)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(images, tmp_path, capsys):
+    train_tiny(images, tmp_path, "--dry-run", "--stages", "0.5", "0.5", "--lr-scale-mu", "10")
+    output = capsys.readouterr().out
+    for part in ("2 epochs of 3 updates of 4 images", "mu: 288 parameters, highest learning rate 0.03",
+                 "stage warm-up: epochs 0 to 1", "stage tune-metric: epochs 1 to 2", "memory of training:",
+                 "validation batch: loss"):
+        assert part in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["--cache-views", "2"], ["--model-ema", "--model-ema-decay", "0.5"]])
+def test_cached_features_train_the_head_alone(images, tmp_path, argv):
+    options = ["--head-only", "--cache-features", "--epochs", "3", "--lr", "0.01", *argv]
+    run = train_tiny(images, tmp_path, *options)
+    saved = load_file(run / "last.safetensors")
+    start = timm.create_model("faim_test_resnet", num_classes=3).state_dict().keys()
+    assert saved.keys() == set(start)
+    _, again = evaluate_run(run, images)
+    best = max(read_summary(run), key=lambda row: float(row["eval_top1"]))
+    assert again["top1"] == pytest.approx(float(best["eval_top1"]))
+    assert again["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-4)
+
+
+def test_cached_features_are_those_of_training_the_head_on_clean_images(images, tmp_path):
+    """With --no-aug and no random crop the cached run computes what --head-only computes."""
+    options = ["--head-only", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0", "--crop-pct", "1"]
+    cached = train_tiny(images, tmp_path / "a", *options, "--cache-features")
+    slow = train_tiny(images, tmp_path / "b", *options)
+    for a, b in zip(read_summary(cached), read_summary(slow), strict=True):
+        assert float(a["eval_loss"]) == pytest.approx(float(b["eval_loss"]), rel=1e-4)
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+
+
+def test_a_frozen_backbone_stays_as_it_was(images, tmp_path):
+    first = load_file(train_tiny(images, tmp_path / "a", "--head-only", "--epochs", "1") / "last.safetensors")
+    second = load_file(train_tiny(images, tmp_path / "b", "--head-only", "--epochs", "2") / "last.safetensors")
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    assert changed and all(key.startswith("fc.") for key in changed)
+
+
+def test_trackers_get_the_numbers_of_every_epoch(images, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train_tiny(images, tmp_path, "--log-with", "tensorboard", "--stages", "1", "0")
+    (folder,) = {path.parent for path in run.rglob("events.out.tfevents*") if path.parent.name == "timm_faim"}
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("eval_loss")]
+    assert logged == pytest.approx([float(row["eval_loss"]) for row in read_summary(run)])
+
+
+def test_a_tracker_that_is_not_installed(images, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--log-with swanlab needs its package: pip install swanlab"):
+        train_tiny(images, tmp_path, "--log-with", "swanlab")
+
+
+def test_an_epoch_without_validation_leaves_its_cells_empty(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--epochs", "4", "--val-interval", "3")
+    rows = read_summary(run)
+    assert [row["eval_top1"] != "" for row in rows] == [False, False, True, True]  # the last epoch is always evaluated
+    assert all(float(row["lr"]) >= 0 and row["train_loss"] for row in rows)
+    assert {p.name for p in (run / "top").iterdir()} == {"epoch_0003.safetensors", "epoch_0004.safetensors"}

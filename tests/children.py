@@ -1,0 +1,108 @@
+"""Runs of train_faim.py in child processes that start at once: a server has imported everything and forks."""
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["train_faim"])
+
+
+def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "RANK": str(rank),
+            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _in_group(function, rank: int, processes: int, port: int, arguments: tuple) -> None:
+    os.environ.update(rank_environment(rank, processes, port))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    function(*arguments)
+    torch.distributed.destroy_process_group()
+
+
+def in_group(function, *arguments, processes: int = 2) -> None:
+    """Call a function in every process of a group on the CPU; an error in one is an error here."""
+    port = free_port()
+    children = [_context.Process(target=_in_group, args=(function, rank, processes, port, arguments))
+                for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.is_alive():
+            child.kill()
+    assert [child.exitcode for child in children] == [0] * processes
+
+
+def _child(argv: list[str], environment: dict[str, str], log: str) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that a shell started
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    import torch
+
+    import train_faim
+
+    torch.set_num_threads(1)
+    sys.argv = ["train_faim.py", *argv]
+    train_faim.main()
+    sys.stdout.flush()
+
+
+class Launch:
+    """One launch of a run, of one or two processes, with what they print in a file."""
+
+    def __init__(self, argv, log: Path, processes: int = 1) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        port = free_port()
+        self.log, self.children = log, []
+        for rank in range(processes):
+            ranked = environment | (rank_environment(rank, processes, port) if processes > 1 else {})
+            child = _context.Process(target=_child, args=([str(w) for w in argv], ranked, str(log)))
+            child.start()
+            self.children.append(child)
+
+    def is_alive(self) -> bool:
+        return any(child.is_alive() for child in self.children)
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to the processes and their loader workers."""
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number) if number == signal.SIGKILL else os.kill(child.pid, number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit statuses; a run that hangs is killed and fails the test."""
+        deadline = time.monotonic() + timeout
+        for child in self.children:
+            child.join(max(0.0, deadline - time.monotonic()))
+        if self.is_alive():
+            self.signal_all(signal.SIGKILL)
+            raise AssertionError(f"the run did not end within {timeout} s:\n{self.text()}")
+        return [child.exitcode for child in self.children]
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Return when the run has printed the text."""
+        deadline = time.monotonic() + timeout
+        while text not in self.text():
+            if time.monotonic() > deadline or not self.is_alive():
+                raise AssertionError(f"no {text!r} in\n{self.text()}")
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""

@@ -1,0 +1,49 @@
+"""Sharded models: FSDP2 itself on the CPU; through Accelerate it needs several GPUs."""
+import pytest
+import timm
+import torch
+from accelerate.utils import is_torch_version
+from children import in_group
+
+from timm_faim import TargetMargin
+from timm_faim.training.launch import repeated_blocks
+from timm_faim.training.summary import head_metrics
+
+
+def build():
+    torch.manual_seed(0)
+    return timm.create_model("faim_test_vit", img_size=32, num_classes=5,
+                             faim_cfg=dict(margin=0.3, normalize=True, prior=True))
+
+
+def gradients_are_those_of_one_process():
+    """The margin reads γ outside the model's forward, where FSDP2 keeps it sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, sharded = build().train(), build().train()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    generator = torch.Generator().manual_seed(1)
+    images, target = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(5, (8,), generator=generator)
+    TargetMargin(torch.nn.CrossEntropyLoss(), whole)(whole(images), target).backward()
+    rank = torch.distributed.get_rank()
+    mine = slice(4 * rank, 4 * rank + 4)
+    TargetMargin(torch.nn.CrossEntropyLoss(), sharded)(sharded(images[mine]), target[mine]).backward()
+    for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        difference = (b.grad.full_tensor() - a.grad).abs().max()
+        assert difference <= 1e-4 * a.grad.abs().max(), name
+    assert head_metrics(sharded) == head_metrics(whole)
+
+
+@pytest.mark.skipif(is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU")
+def test_gradients_of_a_sharded_model():
+    in_group(gradients_are_those_of_one_process)
+
+
+def test_units_of_sharding_are_the_repeated_blocks():
+    assert repeated_blocks(build()) == ["Block"]
+    assert repeated_blocks(timm.create_model("resnet18")) == ["BasicBlock"]
+    assert repeated_blocks(timm.create_model("convnext_atto")) == ["ConvNeXtBlock", "ConvNeXtStage"]
