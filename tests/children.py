@@ -1,15 +1,35 @@
 """Runs of train_faim.py in child processes that start at once: a server has imported everything and forks."""
+import atexit
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["train_faim"])
+import psutil
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train_faim"])
+_launches: list["Launch"] = []
+
+
+@atexit.register  # after multiprocessing's own, so it runs before that one waits for the children
+def _end_all() -> None:
+    """Kill what a failed test has left running."""
+    for launch in _launches:
+        launch.kill()
+
+
+def start_server() -> None:
+    """Return when the server has imported everything, so that launches after this one can be timed."""
+    child = context.Process(target=time.sleep, args=(0,))
+    child.start()
+    child.join()
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -19,13 +39,38 @@ def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port below the range from which systems number connections: one of those may come before its use."""
+    ports = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := ports.randrange(15000, 32000)))
+            return port
+
+
+def run_group(argv: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
+    """Run a command that starts others, such as a launcher, and leave none of them behind when it takes too long."""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=environment)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as e:
+        kill_tree(process)
+        raise AssertionError(f"no end within {timeout} s:\n{process.communicate()[1]}") from e
+    return subprocess.CompletedProcess(argv, process.returncode, output, errors)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process with all that it has started; launchers put what they start into sessions of its own."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def _in_group(function, rank: int, processes: int, port: int, arguments: tuple) -> None:
-    os.environ.update(rank_environment(rank, processes, port))
+    os.environ.update(rank_environment(rank, processes, port), ACCELERATE_USE_CPU="true")
     import torch
 
     torch.set_num_threads(1)
@@ -37,14 +82,15 @@ def _in_group(function, rank: int, processes: int, port: int, arguments: tuple) 
 def in_group(function, *arguments, processes: int = 2) -> None:
     """Call a function in every process of a group on the CPU; an error in one is an error here."""
     port = free_port()
-    children = [_context.Process(target=_in_group, args=(function, rank, processes, port, arguments))
+    children = [context.Process(target=_in_group, args=(function, rank, processes, port, arguments))
                 for rank in range(processes)]
     for child in children:
         child.start()
+    deadline = time.monotonic() + 120
     for child in children:
-        child.join(120)
-        if child.is_alive():
-            child.kill()
+        child.join(max(0.0, deadline - time.monotonic()))
+        child.kill()
+        child.join()
     assert [child.exitcode for child in children] == [0] * processes
 
 
@@ -73,9 +119,10 @@ class Launch:
         self.log, self.children = log, []
         for rank in range(processes):
             ranked = environment | (rank_environment(rank, processes, port) if processes > 1 else {})
-            child = _context.Process(target=_child, args=([str(w) for w in argv], ranked, str(log)))
+            child = context.Process(target=_child, args=([str(w) for w in argv], ranked, str(log)))
             child.start()
             self.children.append(child)
+        _launches.append(self)
 
     def is_alive(self) -> bool:
         return any(child.is_alive() for child in self.children)
@@ -86,13 +133,20 @@ class Launch:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number) if number == signal.SIGKILL else os.kill(child.pid, number)
 
+    def kill(self) -> None:
+        """End at once what still runs, also a child that is not yet the leader of its group."""
+        self.signal_all(signal.SIGKILL)
+        for child in self.children:
+            child.kill()
+            child.join()
+
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit statuses; a run that hangs is killed and fails the test."""
         deadline = time.monotonic() + timeout
         for child in self.children:
             child.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
-            self.signal_all(signal.SIGKILL)
+            self.kill()
             raise AssertionError(f"the run did not end within {timeout} s:\n{self.text()}")
         return [child.exitcode for child in self.children]
 
@@ -101,6 +155,7 @@ class Launch:
         deadline = time.monotonic() + timeout
         while text not in self.text():
             if time.monotonic() > deadline or not self.is_alive():
+                self.kill()
                 raise AssertionError(f"no {text!r} in\n{self.text()}")
             time.sleep(0.02)
 

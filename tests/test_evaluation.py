@@ -2,15 +2,16 @@
 import csv
 import json
 import math
-import os
-import socket
+import pickle
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from children import in_group
 from runs import make_images
 from timm.data import create_dataset, create_loader
 
@@ -210,12 +211,10 @@ def test_more_classes_than_a_matrix_can_show(tmp_path):
     assert plots.draw_confusion(tmp_path / "c.png", evaluation) and (tmp_path / "c.png").exists()
 
 
-def _rank(rank: int, port: int, root: str, queue) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    queue.put((rank, _on_images(root, Accelerator(cpu=True))))
-    torch.distributed.destroy_process_group()
+def _evaluate_in_group(root: str, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    (folder / f"rank{accelerator.process_index}.pickle").write_bytes(pickle.dumps(_on_images(root, accelerator)))
 
 
 def _on_images(root: str, accelerator: Accelerator) -> Evaluation:
@@ -232,17 +231,8 @@ def _on_images(root: str, accelerator: Accelerator) -> Evaluation:
 
 def test_two_processes_count_what_one_counts(tmp_path):
     root = str(make_images(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, root, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(60)
+    in_group(_evaluate_in_group, root, tmp_path)
+    found = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in range(2)]
     alone = _on_images(root, Accelerator(cpu=True))
     assert alone.index.tolist() == [0, 1, 2, 4, 5, 6]
     for rank in range(2):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import FORMS, SIGMAS
+from children import in_group
 from seeds import FoundingHead
 from torch import nn
 from torch.nn import functional as F
@@ -284,41 +285,25 @@ def test_an_all_zero_feature_has_a_bounded_gradient():
     assert torch.isfinite(x.grad).all() and x.grad.norm() < 1e6
 
 
-def _ddp_step(rank, world, port, state, x, target, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def _ddp_step(state, x, target, path):
     model = TwoHeads(margin=0.3)
     model.load_state_dict(state)
     parallel = nn.parallel.DistributedDataParallel(model)
-    share = slice(rank, None, world)
+    share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
     TargetMargin(nn.CrossEntropyLoss(), parallel)(parallel(x[share]), target[share]).backward()
-    if rank == 0:
-        queue.put({name: p.grad.numpy() for name, p in model.named_parameters()})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.get_rank() == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, path)
 
 
-def test_margin_under_ddp_equals_one_process():
+def test_margin_under_ddp_equals_one_process(tmp_path):
     """γ is used inside DDP's forward and again at the criterion: its gradient must still be the average of both."""
-    import socket
-
     model = TwoHeads(margin=0.3)
     x, target = torch.randn(B, D), torch.randint(C, (B,))
     TargetMargin(nn.CrossEntropyLoss(), model)(model(x), target).backward()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (2, port, model.state_dict(), x, target, queue)
-    ranks = [context.Process(target=_ddp_step, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    grads = queue.get()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    in_group(_ddp_step, model.state_dict(), x, target, tmp_path / "grads.pt")
+    grads = torch.load(tmp_path / "grads.pt")
     for name, parameter in model.named_parameters():
-        assert torch.allclose(torch.from_numpy(grads[name]), parameter.grad, atol=1e-5), name
+        assert torch.allclose(grads[name], parameter.grad, atol=1e-5), name
 
 
 def test_margin_under_compile():

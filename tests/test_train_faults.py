@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from children import Launch
+from children import Launch, kill_tree, start_server
 from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 
@@ -53,6 +53,7 @@ def same_run(first, second):
 def whole_run(request, images, tmp_path_factory):
     """An uninterrupted run: its folder, number of processes and seconds."""
     output = tmp_path_factory.mktemp("whole")
+    start_server()
     started = time.monotonic()
     launch = Launch(command(images, output), output / "log", request.param)
     assert launch.wait() == [0] * request.param, launch.text()
@@ -64,18 +65,20 @@ def whole_run(request, images, tmp_path_factory):
 def test_killed_at_any_moment_the_resumed_run_is_the_uninterrupted_one(whole_run, images, tmp_path, count):
     expected, processes, seconds = whole_run
     moments = random.Random(count)
-    kills = 0
-    while True:
+    kills = resumed = 0
+    for _ in range(10 * count):  # a launch may come to its end before it is killed
         launch = Launch(command(images, tmp_path), tmp_path / "log", processes)
+        time.sleep(moments.uniform(0, 0.9) * seconds)
+        kills += launch.is_alive()
+        launch.kill()
+        resumed += "resuming from" in launch.text()
+        if "load it:" in launch.text():
+            shutil.rmtree(tmp_path / "run")
+        (tmp_path / "log").unlink(missing_ok=True)
         if kills == count:
             break
-        time.sleep(moments.uniform(0.2, 0.8) * seconds)
-        kills += launch.is_alive()
-        launch.signal_all(signal.SIGKILL)
-        launch.wait()
-        if "load it:" in launch.text():  # it came to its end before the kill: begin anew
-            shutil.rmtree(tmp_path / "run")
-            (tmp_path / "log").unlink()
+    assert kills == count and resumed
+    launch = Launch(command(images, tmp_path), tmp_path / "log", processes)
     assert launch.wait() == [0] * processes, launch.text()
     assert "resuming from" in launch.text()
     same_run(tmp_path / "run", expected)
@@ -106,12 +109,13 @@ def test_processes_may_change_on_the_way(images, tmp_path):
     assert rates[0] > rates[1] > rates[2] > 0  # one schedule, not one begun anew
 
 
-def test_one_process_dying_ends_the_others_and_their_launcher(images, tmp_path):
+def test_one_process_dying_ends_the_others_and_their_launcher(images, tmp_path, request):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                 "--standalone", str(Path(__file__).parents[1] / "train_faim.py"), "--data-dir", images, "--output",
                 tmp_path, "--experiment", "run", *FULL, "--epochs", "10000"]
     launch = subprocess.Popen(list(map(str, launcher)), stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT,
                               env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    request.addfinalizer(lambda: kill_tree(launch))
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / FOLDER).exists():
         assert launch.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()

@@ -3,8 +3,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from children import free_port, run_group
 from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_model_data_config
@@ -214,18 +213,14 @@ def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, me
 
 
 def command(*argv, launcher=(sys.executable,), **env):
-    return subprocess.run([*launcher, str(ROOT / "train_faim.py"), *map(str, argv)], capture_output=True, text=True,
-                          timeout=150, env={**os.environ, **env})
+    return run_group([*launcher, str(ROOT / "train_faim.py"), *map(str, argv)], {**os.environ, **env}, timeout=150)
 
 
 def two_processes(*argv):
     # `accelerate launch --cpu --num_processes 2` runs one process without a word; this starts two.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes",
                 "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-                str(port)]
+                str(free_port())]
     return command(*argv, launcher=launcher, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
 
 
