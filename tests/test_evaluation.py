@@ -17,9 +17,10 @@ from timm.data import create_dataset, create_loader
 
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import UserError
-from timm_faim.training.evaluation import Confusion, Evaluation, collect, file_names, summary_lines, write_evaluation
+from timm_faim.training.evaluation import Confusion, Evaluation, collect
 from timm_faim.training.loop import evaluate
 from timm_faim.training.reporting import plots
+from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
 
 ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
 SKIPPING = SimpleNamespace(channels_last=False, skip_unreadable=True)

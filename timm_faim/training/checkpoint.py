@@ -1,18 +1,13 @@
 """Weights and model description, in the form that `timm.create_model('local-dir:…', pretrained=True)` opens."""
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
 
 from timm_faim.training.files import atomic_write, link_as
-
-if TYPE_CHECKING:
-    from timm_faim.training.loop import Training
 
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
 TOP = "top"  # folder of the best epochs' weights
@@ -102,20 +97,6 @@ def restore_best(folder: Path, kept: list[dict[str, Any]]) -> None:
 
 def _epoch_name(epoch: int) -> str:
     return f"epoch_{epoch + 1:04d}.safetensors"
-
-
-def whole_state(run: "Training") -> dict[str, torch.Tensor]:
-    """The state dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
-    if run.accelerator.distributed_type == DistributedType.FSDP:
-        state = run.accelerator.get_state_dict(run.task.get_trainable_module())
-    else:
-        state = unwrap_model(run.evaluated).state_dict()
-    # The batch norms of further splits (--split-bn) serve in training only.
-    state = {name: tensor for name, tensor in state.items() if ".aux_bn." not in name}
-    if run.part is run.model:
-        return state
-    prefix = next(name for name, module in run.model.named_modules() if module is run.part)
-    return run.model.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
 def whole_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

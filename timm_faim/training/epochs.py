@@ -7,7 +7,7 @@ from typing import Any
 from timm.utils import distribute_bn
 
 from timm_faim import set_damping
-from timm_faim.training.checkpoint import keep_best_epochs, save_weights, whole_state
+from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
 from timm_faim.training.loop import Training, evaluate, train_one_epoch
@@ -90,7 +90,7 @@ def finish_epoch(
     is_best = metric is not None and (
         progress.best is None or (metric < progress.best if decreasing else metric > progress.best))
     progress.best = metric if is_best else progress.best
-    state = whole_state(run)
+    state = run.whole_state()
     if accelerator.is_main_process:
         save_weights(state, run.run_folder, is_best or progress.best is None)
         if metric is not None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.models import model_parameters
 from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
@@ -79,6 +80,19 @@ class Training:
     def stage(self) -> str:
         """Name of the present stage; empty without stages."""
         return self.stages.stage(self.progress.updates) if self.stages else ""
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            state = self.accelerator.get_state_dict(self.task.get_trainable_module())
+        else:
+            state = unwrap_model(self.evaluated).state_dict()
+        # The batch norms of further splits (--split-bn) serve in training only.
+        state = {name: tensor for name, tensor in state.items() if ".aux_bn." not in name}
+        if self.part is self.model:
+            return state
+        prefix = next(name for name, module in self.model.named_modules() if module is self.part)
+        return self.model.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
     def enter_stage(self) -> None:
         """Put label smoothing as the present stage wants it."""

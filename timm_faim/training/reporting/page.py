@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from timm_faim import FAIMHead, faim_heads
-from timm_faim.training.evaluation import Evaluation, weakest_classes
+from timm_faim.training.evaluation import Evaluation
 from timm_faim.training.files import atomic_write
 from timm_faim.training.reporting import heads as head_pictures
 from timm_faim.training.reporting import plots
@@ -98,7 +98,7 @@ def _add_evaluation(page: "Page", evaluation: Evaluation, label_names: Sequence[
     page.add_picture("calibration.png", "Reliability diagram; expected calibration error "
                      f"{evaluation.ece():.2f} % over 15 bins.",
                      "Bars below the diagonal: surer than right. Bars above it: righter than sure.")
-    weakest = weakest_classes(evaluation, 10)
+    weakest = evaluation.weakest_classes(10)
     page.add_table(
         "Weakest classes", ["class", "images", "right", "accuracy"],
         [[class_name(label_names, k), evaluation.samples_per_class[k], evaluation.correct_per_class[k],
