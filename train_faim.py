@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from timm.utils import random_seed
 
-from timm_faim import faim_heads
+from timm_faim import faim_heads, hub
 from timm_faim.training import factories, reports, tasks
 from timm_faim.training.args import as_recipe, parse_args
 from timm_faim.training.checkpoint import BEST, restore_best, save_config
@@ -48,6 +48,8 @@ def train_with(args: argparse.Namespace) -> None:
     """One run with these options."""
     requested = as_recipe(args)  # before any option is derived from others
     factories.check_model_name(args.model)
+    if args.push_to_hub:
+        hub.check_target(args.push_to_hub)
     accelerator = build_accelerator(args)
     world, is_main = accelerator.num_processes, accelerator.is_main_process
     log = print if is_main else lambda *_, **__: None
@@ -133,6 +135,8 @@ def train_with(args: argparse.Namespace) -> None:
         log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', "
             "pretrained=True)")
     accelerator.end_training()
+    if is_main and has_ended and args.push_to_hub and run.progress.epoch == epochs:  # no process waits for this one
+        hub.publish_run(run.run_folder, args.push_to_hub, args.hub_license, args.hub_private, log)
 
 
 def main() -> None:

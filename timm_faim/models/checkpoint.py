@@ -1,14 +1,20 @@
 """Open FAIM checkpoints: the backbone through timm's own loader and filters, the heads by their own keys."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, load_state_dict, load_state_dict_from_hf
 from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
 from timm_faim.head import faim_heads
+from timm_faim.version import __version__
+
+from .published import Entry
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +41,31 @@ def read_faim_state_dict(
     else:
         return None
     return state_dict if _head_names(state_dict) else None
+
+
+def read_published(entry: Entry, cache_dir: Union[None, str, Path] = None) -> StateDict:
+    """The weights of an entry of hub_configs/, from the Hub or its cache, verified against the entry's sha256.
+
+    Raises:
+        RuntimeError: the entry is not published yet, or the file is not the one that the entry names.
+    """
+    if not entry.revision:
+        raise RuntimeError(f"{entry.name} is not published yet; pretrained=False gives its model without weights")
+    path = hf_hub_download(entry.repo_id, "model.safetensors", revision=entry.revision, cache_dir=cache_dir,
+                           library_name="timm_faim", library_version=__version__)
+    if (found := sha256(Path(path))) != entry.sha256:
+        raise RuntimeError(f"{path} has sha256 {found}, {entry.path.name} says {entry.sha256}; remove the file and "
+                           "load again. If that does not help the repository has been changed: don't use it")
+    return load_file(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def split_heads(state_dict: StateDict) -> tuple[StateDict, dict[str, StateDict]]:

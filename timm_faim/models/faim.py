@@ -23,8 +23,10 @@ from timm.models import (
 from torch import nn
 
 from .attach import attach_heads
-from .checkpoint import check_backbone, load_heads, read_faim_state_dict, split_heads
+from .checkpoint import check_backbone, load_heads, read_faim_state_dict, read_published, split_heads
 from .config import resolve_faim_cfg
+from .published import Entry, published
+from .saved import SOURCES, check_source
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def _register_twin(arch: str) -> None:
     entry.__module__ = __name__
     entry.__doc__ = f"timm's {arch} with FAIM heads; ``faim_cfg`` takes the head options."
     setattr(sys.modules[__name__], name, entry)
-    cfgs = _backbone_cfgs(arch)
+    cfgs = _backbone_cfgs(arch) | {tag: entry.cfg() for tag, entry in published().get(name, {}).items()}
     if cfgs:
         pretrained = any(cfg.has_weights for cfg in cfgs.values())
         default_cfgs[name] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=pretrained)
@@ -89,11 +91,16 @@ def _create(
     **kwargs: Any,
 ) -> nn.Module:
     """Build timm's model, weights loaded into timm's own layers first, then put FAIM heads in place of classifiers."""
+    if isinstance(pretrained_cfg, str) and (entry := published().get(PREFIX + arch, {}).get(pretrained_cfg)):
+        return _create_published(arch, entry, pretrained, pretrained_cfg_overlay, faim_cfg, **kwargs)
     faim_cfg = resolve_faim_cfg(faim_cfg)
     num_classes = kwargs.get("num_classes")
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be >= 0, got {num_classes}")
     source = resolve_pretrained_cfg(arch, pretrained_cfg, pretrained_cfg_overlay)
+    if source.source in SOURCES:
+        given = {key: value for key, value in kwargs.items() if key != "pretrained_model_args"}
+        check_source(PREFIX + arch, source, given | kwargs.get("pretrained_model_args", {}))
     state_dict = read_faim_state_dict(source, kwargs.get("cache_dir")) if pretrained else None
     if state_dict is not None:
         return _create_from_checkpoint(arch, source, state_dict, faim_cfg, **kwargs)
@@ -130,6 +137,25 @@ def _create_from_checkpoint(
     _attach(model, arch, faim_cfg)
     check_backbone(model, backbone, strict=model.num_classes == source.num_classes)
     load_heads(model, heads)
+    return model
+
+
+def _create_published(
+    arch: str, entry: Entry, pretrained: bool, overlay: Optional[dict[str, Any]], faim_cfg: Optional[dict[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    """The model of an entry of hub_configs/, as it was trained unless the arguments say otherwise."""
+    saved = {"num_classes": entry.num_classes, "faim_cfg": None, **entry.model_args}
+    saved_cfg = saved.pop("faim_cfg")
+    faim_cfg = resolve_faim_cfg(saved_cfg if faim_cfg is None else faim_cfg)
+    kwargs = saved | kwargs
+    names = entry.label_names()
+    source = replace(entry.cfg(), label_names=tuple(names) if names else None, **(overlay or {}))
+    if pretrained:
+        return _create_from_checkpoint(arch, source, read_published(entry, kwargs.get("cache_dir")), faim_cfg, **kwargs)
+    model = model_entrypoint(arch)(pretrained=False, pretrained_cfg=source.to_dict(), **kwargs)
+    if not kwargs.get("features_only"):
+        _attach(model, arch, faim_cfg)
     return model
 
 

@@ -303,6 +303,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
         # logging
         (of_wandb and not (args.log_wandb or "wandb" in args.log_with), f"{_join(of_wandb[:1])} needs --log-wandb"),
         (args.wandb_resume_id and not args.resume, "--wandb-resume-id needs --resume"),
+        ((args.hub_private or args.hub_license) and not args.push_to_hub,
+         "--hub-private and --hub-license need --push-to-hub"),
+        (args.push_to_hub and args.eval_only, "--push-to-hub publishes a training: publish what --eval-only evaluates "
+                                              "with python -m timm_faim.hub push"),
     )
     for broken, message in rules:
         if broken:

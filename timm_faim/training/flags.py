@@ -323,3 +323,6 @@ def _logging(parser: Parser) -> None:
     add("--wandb-tags", nargs="*", default=[], metavar="TAG", help="tags of the run in wandb")
     add("--wandb-resume-id", default="", metavar="ID", help="with --resume: the run's id in wandb")
     add("--report", action=_Flag, default=True, help="write an HTML page about the run")
+    add("--push-to-hub", default="", metavar="ORG/NAME", help="publish the finished run on the Hugging Face Hub")
+    add("--hub-private", action=_Flag, default=False, help="with --push-to-hub: make a private repository")
+    add("--hub-license", metavar="ID", help="with --push-to-hub: licence of the weights, for example apache-2.0")

@@ -16,7 +16,8 @@ from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find
 _RUNTIME = {
     "resume", "no_resume_opt", "experiment", "output", "config", "workers", "log_interval", "cpu_threads", "stop_epoch",
     "recovery_interval", "checkpoint_hist", "dry_run", "report", "log_with", "project_name", "log_wandb",
-    "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size"
+    "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size", "push_to_hub", "hub_private",
+    "hub_license",
 }
 
 

@@ -1,0 +1,96 @@
+"""What a saved or downloaded config.json may say: refused by name before anything is built."""
+import json
+
+import pytest
+import timm
+import torch
+
+from timm_faim.hub import save_model
+from timm_faim.models.saved import check_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg=dict(normalize=True))
+    return save_model(model, tmp_path_factory.mktemp("saved"), label_names=["a", "b", "c"])
+
+
+@pytest.fixture
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_saved_config_is_accepted(config):
+    check_config(config)
+    assert "num_classes" not in config["model_args"]  # transformers' wrapper of timm passes its own
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"architecture": "faim_test_resnt"}, "unknown architecture 'faim_test_resnt'; did you mean 'faim_test_resnet'"),
+    ({"architecture": None}, "architecture must be str, got None"),
+    ({"num_classes": "3"}, "num_classes must be int, got '3'"),
+    ({"pretrained_cfg": []}, "pretrained_cfg must be dict"),
+    ({"model_args": {"faim_cfg": {"normalise": True}}}, "unknown faim_cfg key 'normalise'; did you mean 'normalize'"),
+    ({"model_args": {"faim_cfg": {"margin": 1e9, "prior": "yes"}}}, "must be bool"),
+    ({"model_args": {"in_chans": 10**9}}, "in_chans must be a whole number in 1..1000000, got '1000000000'"),
+    ({"model_args": {"img_size": [32, -1]}}, "img_size must be a whole number"),
+    ({"model_args": {"embed_dim": 10**12}}, "embed_dim must not exceed 1000000"),
+    ({"model_args": {"depths": [1, [2, [10**9]]]}}, "depths must not exceed 1000000"),
+    ({"model_args": {"act_layer": "x" * 200_000}}, "act_layer is too long"),
+    ({"label_names": ["a", "b"]}, "2 label_names and 3 classes"),
+    ({"label_names": "abc"}, "label_names must be a list of names"),
+])
+def test_a_wrong_config_is_refused_by_name(config, change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_config(config | change)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("num_classes", 10**9, "num_classes must be a whole number in 0..1000000"),
+    ("num_classes", True, "num_classes must be a whole number"),
+    ("input_size", [3, 10**8, 32], "input_size must be a whole number in 1..1000000"),
+    ("url", "http://127.0.0.1/weights.pth", r"points at other weights \(pretrained_cfg.url\)"),
+    ("hf_hub_filename", "../../etc/passwd", r"points at other weights \(pretrained_cfg.hf_hub_filename\)"),
+    ("custom_load", True, "custom_load"),
+    ("surprise", 1, "unexpected keyword argument 'surprise'"),
+])
+def test_a_wrong_pretrained_cfg_is_refused_by_name(config, key, value, message):
+    config["pretrained_cfg"][key] = value
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(("section", "key", "value", "message"), [
+    ("model_args", "in_chans", 10**9, "in_chans must be a whole number"),
+    ("model_args", "faim_cfg", {"normalise": True}, "unknown faim_cfg key 'normalise'"),
+    ("model_args", "no_such_option", 1, "no_such_option"),
+    ("pretrained_cfg", "hf_hub_filename", "../x.bin", "points at other weights"),
+    ("pretrained_cfg", "custom_load", True, "custom_load"),
+])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_opening_a_folder_checks_it_first(folder, config, tmp_path, section, key, value, message, pretrained):
+    config[section][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises((ValueError, TypeError), match=message):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=pretrained)
+
+
+def test_another_number_of_classes_loads_the_backbone(folder, caplog):
+    saved = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    with caplog.at_level("INFO", logger="timm_faim"):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
+    assert [r.message for r in caplog.records] == [
+        "FAIM head 'fc': checkpoint has 3 classes, model 5; the head starts fresh"]
+    assert model.get_classifier().mu.shape[0] == 5 and model.get_classifier().normalize
+    assert torch.equal(model.conv1[0].weight, saved.conv1[0].weight)
+
+
+def test_channels_last_and_shared_weights_are_saved(tmp_path):
+    model = timm.create_model("faim_test_resnet", num_classes=3).to(memory_format=torch.channels_last).eval()
+    again = timm.create_model(f"local-dir:{save_model(model, tmp_path)}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(model(images), again(images), atol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "model_best.safetensors"}

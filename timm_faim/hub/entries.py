@@ -1,0 +1,155 @@
+"""Entries of hub_configs/: made from a run, verified against the Hub, filled in once published."""
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import nn
+
+from timm_faim.hub.package import CONFIG, Release, build_package, open_folder, read_config
+from timm_faim.hub.upload import push
+from timm_faim.models.checkpoint import sha256
+from timm_faim.models.published import Entry, EntryError, read_entry
+from timm_faim.training.checkpoint import TIMM_NAME
+from timm_faim.training.errors import UserError
+from timm_faim.training.files import atomic_write
+
+PROBED = 8  # logits of the probe that an entry records
+TOLERANCE = 1e-3  # relative to their range, between machines
+
+
+def probe_logits(model: nn.Module) -> list[float]:
+    """The first logits of a model for one fixed image, a wave of all input sizes; computed on the CPU in float32."""
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    image = torch.linspace(0, 100, steps=size[0] * size[1] * size[2]).sin().reshape(1, *size)
+    with torch.inference_mode():
+        logits = model.float().cpu().eval()(image)[0]
+    return [round(value, 6) for value in logits[:PROBED].tolist()]
+
+
+def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dict[str, str], recipe: str = "") -> Path:
+    """Write the entry of a run, not yet published, and its list of labels.
+
+    Returns:
+        The file `<architecture>.<tag>.yaml`.
+
+    Raises:
+        UserError: the run does not open, there is such an entry, or it would not be valid.
+    """
+    config = read_config(run)
+    name = f"{config['architecture']}.{tag}"
+    path = folder / f"{name}.yaml"
+    if path.exists():
+        raise UserError(f"{path} exists. Choose another --tag, or edit it")
+    labels = config.get("label_names")
+    cfg, arguments = config["pretrained_cfg"], dict(config.get("model_args") or {})
+    arguments.pop("num_classes", None)
+    evaluation = run / "eval" / "eval.json"
+    metrics = json.loads(evaluation.read_text(encoding="utf-8"))["metrics"] if evaluation.is_file() else {}
+    content = {
+        "architecture": config["architecture"], "tag": tag, "repo_id": None, "revision": None, "sha256": None,
+        "num_classes": config["num_classes"], "license": license, "dataset": dataset, "recipe": recipe or None,
+        "metrics": {key: round(metrics[key], 4) for key in ("top1", "top5") if key in metrics},
+        "model_args": arguments,
+        "pretrained_cfg": {key: cfg[key] for key in ("input_size", "fixed_input_size", "interpolation", "crop_pct",
+                                                     "crop_mode", "mean", "std", "pool_size", "first_conv",
+                                                     "classifier") if key in cfg},
+        "label_file": f"{name}.labels.txt" if labels else None,
+        "probe_logits": probe_logits(open_folder(run)),
+    }
+    if labels:
+        with atomic_write(folder / content["label_file"]) as temporary:
+            temporary.write_text("\n".join(map(str, labels)) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    try:
+        read_entry(path)
+    except EntryError as e:
+        path.unlink()
+        raise UserError(str(e)) from e
+    return path
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: `problem` is empty where all is well, `state` says what was checked."""
+
+    name: str
+    state: str
+    problem: str = ""
+
+
+def check_entry(path: Path, offline: bool = False) -> Verdict:
+    """Check one entry: its form, its architecture and options and, once published, its weights on the Hub.
+
+    Args:
+        path: the file.
+        offline: look at the file alone.
+    """
+    try:
+        entry = read_entry(path)
+    except EntryError as e:
+        return Verdict(path.stem, "form", str(e))
+    if not timm.is_model(entry.architecture):
+        near = difflib.get_close_matches(entry.architecture, timm.list_models("faim_*"), n=1)
+        return Verdict(entry.name, "form", f"timm_faim has no {entry.architecture}" + (f"; {near[0]}?" if near else ""))
+    if not entry.revision:
+        return Verdict(entry.name, "form; not published")
+    if offline:
+        return Verdict(entry.name, "form; not downloaded")
+    try:
+        model = timm.create_model(entry.name, pretrained=True).eval()  # verifies the hash
+        found = probe_logits(model)
+    except Exception as e:  # a download fails in as many ways as there are libraries below
+        return Verdict(entry.name, "download", " ".join(str(e).split())[:500])
+    if entry.probe_logits:
+        scale = max(1.0, max(map(abs, entry.probe_logits)))
+        off = max(abs(a - b) for a, b in zip(found, entry.probe_logits, strict=True)) / scale
+        if not off <= TOLERANCE:
+            return Verdict(entry.name, "logits", f"the probe's logits differ by {off:.2g} of their size: {found}, "
+                                                 f"recorded {entry.probe_logits}")
+    return Verdict(entry.name, "form, hash and logits")
+
+
+def publish_entry(path: Path, run: Path, work: Path, *, private: bool | None = None) -> Entry:
+    """Push the run of an entry and fill in its revision and sha256.
+
+    Args:
+        path: file of the entry.
+        run: its run folder.
+        work: folder to build in.
+        private: of a repository that is made.
+    """
+    try:
+        entry = read_entry(path)
+    except EntryError as e:
+        raise UserError(str(e)) from e
+    config = read_config(run)
+    if config["architecture"] != entry.architecture or config["num_classes"] != entry.num_classes:
+        raise UserError(f"{run / CONFIG} is a {config['architecture']} of {config['num_classes']} classes, {path} says "
+                        f"{entry.architecture} of {entry.num_classes}")
+    model = build_package(run, work, Release(
+        entry.repo_id, entry.license, datasets=[entry.dataset["id"]] if entry.dataset.get("id") else [],
+        dataset_name=entry.dataset.get("name", "")))
+    if entry.probe_logits and probe_logits(model) != entry.probe_logits:
+        raise UserError(f"the weights in {run} are not those that {path} was written from: the probe's logits differ. "
+                        "Write the entry anew")
+    _, commit = push(work, entry.repo_id, private=private)
+    _fill_in(path, {"revision": commit, "sha256": sha256(work / TIMM_NAME)})
+    return read_entry(path)
+
+
+def _fill_in(path: Path, values: dict[str, Any]) -> None:
+    """Set top-level keys in a YAML file without touching its other lines."""
+    text = path.read_text(encoding="utf-8")
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^{key}:.*$", f"{key}: {value}", text)
+        if not count:
+            text += f"{key}: {value}\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

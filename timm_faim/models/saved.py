@@ -1,0 +1,94 @@
+"""What a saved or downloaded config.json says, checked before anything is built from it."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import timm
+from timm.models import PretrainedCfg
+
+from .config import resolve_faim_cfg
+
+SOURCES = ("hf-hub", "local-dir")  # of configs that came with their weights
+_LARGEST, _LONGEST, _DEEPEST = 1_000_000, 100_000, 8
+_ELSEWHERE = ("url", "state_dict", "hf_hub_filename")  # ways to other weights than those beside the config
+
+
+def check_source(name: str, source: PretrainedCfg, arguments: Mapping[str, Any]) -> None:
+    """Refuse sizes and names that no model has, so that a wrong file costs neither memory nor time.
+
+    Args:
+        name: the architecture.
+        source: the saved pretrained_cfg, of one of `SOURCES`.
+        arguments: what the model would be built with, the saved model_args among them.
+
+    Raises:
+        ValueError: names the key, its value and the mend.
+    """
+    for key in _ELSEWHERE:
+        if getattr(source, key):
+            raise ValueError(f"the saved config of {name} points at other weights (pretrained_cfg.{key}); remove it")
+    if source.custom_load:
+        raise ValueError(f"the saved config of {name} asks for custom_load; FAIM checkpoints are plain safetensors")
+    _check_count(name, "num_classes", source.num_classes, least=0)
+    for key, value in arguments.items():
+        if key == "num_classes":
+            _check_count(name, key, value, least=0)
+        elif key in ("in_chans", "img_size", "input_size"):
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                _check_count(name, key, number, least=1)
+        else:
+            _check_plain(name, key, value)
+    for size in source.input_size:
+        _check_count(name, "input_size", size, least=1)
+    names = source.label_names
+    if names is not None and len(names) != source.num_classes:
+        raise ValueError(f"the saved config of {name} has {len(names)} label_names and {source.num_classes} classes")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check a whole config.json before it is published or opened.
+
+    Raises:
+        ValueError: an unknown architecture or head option, by name; a size or a form that cannot be.
+        TypeError: a head option of another type than its default.
+    """
+    for key, kind in (("architecture", str), ("pretrained_cfg", dict), ("num_classes", int)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"config.json: {key} must be {kind.__name__}, got {config.get(key)!r}")
+    name, arguments = config["architecture"], dict(config.get("model_args") or {})
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"config.json: unknown architecture {name!r}{hint}")
+    resolve_faim_cfg(arguments.pop("faim_cfg", None))
+    try:
+        cfg = PretrainedCfg(**config["pretrained_cfg"], label_names=_names(config))
+    except TypeError as e:
+        raise ValueError(f"config.json: pretrained_cfg {str(e).rpartition('__init__() ')[2]}") from e
+    check_source(name, cfg, arguments)
+
+
+def _names(config: Mapping[str, Any]) -> Optional[tuple]:
+    names = config.get("label_names")
+    if names is None:
+        return None
+    if not (isinstance(names, (list, dict)) and all(isinstance(n, (str, int)) for n in names)):
+        raise ValueError("config.json: label_names must be a list of names")
+    return tuple(names)
+
+
+def _check_count(name: str, key: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+        raise ValueError(f"{name}: {key} must be a whole number in {least}..{_LARGEST}, got {str(value)[:60]!r}")
+
+
+def _check_plain(name: str, key: str, value: Any, depth: int = 0) -> None:
+    """Numbers, short texts and shallow lists: the arguments of timm's models are nothing else."""
+    if isinstance(value, (int, float)) and abs(value) > _LARGEST:
+        raise ValueError(f"{name}: {key} must not exceed {_LARGEST}, got {value}")
+    if isinstance(value, (str, list, tuple, dict)) and (len(value) > _LONGEST or depth > _DEEPEST):
+        raise ValueError(f"{name}: {key} is too long or too deep to be an option of a model")
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_plain(name, key, item, depth + 1)
