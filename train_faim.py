@@ -26,6 +26,7 @@ from timm_faim.training.data import build_fit_loader, build_loaders, open_datase
 from timm_faim.training.epochs import train_epochs
 from timm_faim.training.errors import RankError, UserError, is_lost_process, report, resource_advice
 from timm_faim.training.features import cache_features, only_classifier
+from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
@@ -71,9 +72,10 @@ def train_with(args: argparse.Namespace) -> None:
     part, val_batches = model, val_loader
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
-        factories.fit_heads_to(model, build_fit_loader(args, data_config, accelerator), accelerator)
+        factories.fit_heads_to(
+            model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator)
     if args.cache_features:
-        clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator)
+        clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator, data.num_classes)
         order, val_batches = cache_features(args, model, order, clean, val_loader, accelerator)
         part, frozen = only_classifier(model), []
         log(f"features of {len(order.loader.target)} training images are computed; the head trains on them")
@@ -112,7 +114,7 @@ def train_with(args: argparse.Namespace) -> None:
     if is_main and (later := run.checkpointer.set_later_aside(run.progress)):
         restore_best(run.run_folder, run.progress.kept)
         log(f"  later checkpoints are set aside: {', '.join(later)}")
-    recipe = requested | {"lr": args.lr}
+    recipe = {key: value for key, value in requested.items() if key not in ONE_LAUNCH} | {"lr": args.lr}
     if is_main:
         save_recipe(recipe, run.run_folder / "args.yaml")
         save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained)

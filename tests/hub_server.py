@@ -110,15 +110,13 @@ class HubError(Exception):
 
     def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
         super().__init__(message)
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        plain = message.encode("ascii", "replace").decode()
+        headers = {"X-Error-Message": plain} | ({"X-Error-Code": code} if code else {})
         self.answer = Answer.json({"error": message, **more}, status, headers)
 
 
 def route(pattern: str, access: str = "read") -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Register the handler of requests ``METHOD /path``; the named groups become its arguments, unquoted.
-
-    The group ``repo`` becomes the repository, after a check for what ``access`` says: read, write or signed.
-    """
+    """Register the handler of ``METHOD /path``. Named groups become its arguments; ``repo`` after a check of access."""
 
     def register(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         ROUTES.append((re.compile(pattern), access, handler))
@@ -136,20 +134,17 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.server: Server | None = None
-        self.port = 0
+        self.endpoint, self.port = "", 0
         self._secret = secrets.token_bytes(16)
         self._failures: list[tuple[re.Pattern[str], Answer]] = []
         self._corrupted: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
 
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def start(self) -> LoopbackHub:
         """Serve in the background; started again after `stop`, the hub keeps its port and its state."""
-        self.server = Server(self)
-        self.port = self.server.server_port
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server.hub, self.port = self, self.server.server_port
+        self.endpoint = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -168,8 +163,7 @@ class LoopbackHub:
     def fail(self, match: str, status: int, times: int = 1, body: str = "", after_bytes: int | None = None) -> None:
         """Answer the next requests whose ``METHOD /path`` matches a regular expression with an error, changing nothing.
 
-        With ``after_bytes`` and a status below 400 a GET is answered as ever, but its connection breaks after so many
-        bytes of the body.
+        With ``after_bytes`` and a status below 400 a GET is served as ever, but its body breaks off after that many.
         """
         error = HubError(status, responses.get(status, "Error")).answer
         error.body, error.cut = body.encode() or error.body, after_bytes
@@ -382,8 +376,19 @@ class LoopbackHub:
         elif parent not in (None, head.sha):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
-        for line in lines:
-            apply(line["key"], line["value"], files, repo)
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                files[value["path"]] = File(base64.b64decode(value["content"]))
+            elif key == "lfsFile":
+                files[value["path"]] = File(repo.objects[value["oid"]], lfs=True)  # a missing object is an error
+            elif key in ("deletedFile", "deletedFolder"):
+                name = value["path"] if key == "deletedFile" else value["path"].rstrip("/") + "/"
+                gone = [path for path in files if path == name or (name.endswith("/") and path.startswith(name))]
+                if not gone:
+                    raise HubError(404, f"A file with this name doesn't exist: {name}", "EntryNotFound")
+                files = {path: file for path, file in files.items() if path not in gone}
+            elif key != "header":
+                raise HubError(400, f"This hub does not know the operation {key}")
         message = f"{header['summary']}\n\n{header.get('description') or ''}".rstrip()
         commit = Commit(secrets.token_hex(20), message, head.sha, files)
         repo.commits[commit.sha] = commit
@@ -427,26 +432,6 @@ class LoopbackHub:
         return Answer(206, data[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"})
 
 
-def apply(key: str, value: dict[str, Any], files: dict[str, File], repo: Repo) -> None:
-    """Apply one line of a commit to the files of its parent."""
-    path = value.get("path", "")
-    if key == "file":
-        files[path] = File(base64.b64decode(value["content"]))
-    elif key == "lfsFile":
-        if value["oid"] not in repo.objects:
-            raise HubError(400, f"The LFS pointer of {path} points to a file that does not exist")
-        files[path] = File(repo.objects[value["oid"]], lfs=True)
-    elif key in ("deletedFile", "deletedFolder"):
-        folder = path.rstrip("/") + "/"
-        gone = [name for name in files if (name == path if key == "deletedFile" else name.startswith(folder))]
-        if not gone:
-            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        for name in gone:
-            del files[name]
-    elif key != "header":
-        raise HubError(400, f"This hub does not know the operation {key}")
-
-
 def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
@@ -454,10 +439,7 @@ def git_hash(data: bytes) -> str:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
-
-    def __init__(self, hub: LoopbackHub) -> None:
-        super().__init__(("127.0.0.1", hub.port), Handler)
-        self.hub = hub
+    hub: LoopbackHub
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: clients that die in the middle of a request are part of the tests."""

@@ -1,6 +1,9 @@
 """What the training tests share: a tiny image folder and runs of train_faim.py inside the test process."""
 import csv
+import io
+import json
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -31,6 +34,29 @@ def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, cl
                 pixels[..., k % 3] += 120
                 Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     return root
+
+
+def make_shards(images: Path, folder: Path, train: int = 2, validation: int = 2) -> Path:
+    """The images of `make_images` as so many webdataset shards of each split, with their sizes in _info.json."""
+    folder.mkdir(exist_ok=True)
+    splits = {}
+    for split, count in (("train", train), ("validation", validation)):
+        paths = sorted((images / split[:5].replace("valid", "val")).rglob("*.png"))
+        lengths = []
+        for shard in range(count):
+            members = paths[shard::count]
+            lengths.append(len(members))
+            with tarfile.open(folder / f"{split}-{shard}.tar", "w") as tar:
+                for i, path in enumerate(members):
+                    label = str(["bird", "cat", "dog"].index(path.parent.name)).encode()
+                    tar.add(path, arcname=f"{i}.png")
+                    info = tarfile.TarInfo(f"{i}.cls")
+                    info.size = len(label)
+                    tar.addfile(info, io.BytesIO(label))
+        splits[split] = {"name": split, "num_samples": len(paths), "shard_lengths": lengths,
+                         "filenames": [f"{split}-{shard}.tar" for shard in range(count)]}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    return folder
 
 
 def fresh_accelerator() -> None:

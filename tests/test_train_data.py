@@ -1,6 +1,4 @@
 """Bundled data, folders, tar files, hub data and shards; unreadable images."""
-import io
-import json
 import os
 import shutil
 import tarfile
@@ -11,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from children import in_group
 from PIL import Image
-from runs import make_images
+from runs import make_images, make_shards
 from torchvision.transforms import RandomAffine
 
 from timm_faim.data import omniglot242_root
@@ -326,7 +324,7 @@ def test_hub_data_by_number(hub_folder):
     train, val = build_loaders(args, data, CONFIG, Accelerator(cpu=True))
     assert isinstance(train.dataset, SeededSamples)
     assert sorted(torch.cat([target for _, target in val]).tolist()) == [0, 0, 0, 1, 1, 2, 2]
-    fit = build_fit_loader(args, CONFIG, Accelerator(cpu=True))
+    fit = build_fit_loader(args, CONFIG, Accelerator(cpu=True), 3)
     assert sum(len(target) for _, target in fit) == 12
 
 
@@ -384,23 +382,7 @@ def test_several_labels_an_image_from_hub_data(folder, tmp_path):
 def shards(folder):
     """The image folder as webdataset shards: two for training, one for validation."""
     pytest.importorskip("webdataset")
-    splits = {}
-    for split, count in (("train", 2), ("validation", 1)):
-        paths = sorted((folder / split[:5].replace("valid", "val")).rglob("*.png"))
-        lengths = []
-        for shard in range(count):
-            members = paths[shard::count]
-            lengths.append(len(members))
-            with tarfile.open(folder / f"{split}-{shard}.tar", "w") as tar:
-                for i, path in enumerate(members):
-                    label = str(["bird", "cat", "dog"].index(path.parent.name)).encode()
-                    tar.add(path, arcname=f"{i}.png")
-                    info = tarfile.TarInfo(f"{i}.cls")
-                    info.size = len(label)
-                    tar.addfile(info, io.BytesIO(label))
-        splits[split] = {"name": split, "num_samples": len(paths), "shard_lengths": lengths,
-                         "filenames": [f"{split}-{shard}.tar" for shard in range(count)]}
-    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    make_shards(folder, folder, validation=1)
     return folder
 
 
@@ -410,7 +392,7 @@ def test_shards(shards, workers):
     train, val = loaders(args)
     assert sorted(torch.cat([target for _, target in val]).tolist()) == [0, 0, 0, 1, 1, 2, 2]
     assert sum(len(target) for _, target in train) >= 12
-    fit = build_fit_loader(args, CONFIG, Accelerator(cpu=True))
+    fit = build_fit_loader(args, CONFIG, Accelerator(cpu=True), 3)
     assert torch.bincount(torch.cat([target for _, target in fit])).tolist() == [4, 4, 4]
 
 
@@ -430,7 +412,7 @@ def test_shards_that_do_not_go_round(shards):
     with pytest.raises(UserError, match=r"3 processes share .* there are 2: train-0\.tar, train-1\.tar\. Split"):
         build_loaders(args, open_datasets(args, 3), CONFIG, three)
     with pytest.raises(UserError, match="--head-init data reads all images in every process"):
-        build_fit_loader(args, CONFIG, three)
+        build_fit_loader(args, CONFIG, three, 3)
 
 
 def test_webp_folders(folder):

@@ -245,6 +245,51 @@ def test_a_signal_to_the_whole_group_leaves_the_loader_workers_at_work(images, t
     assert "asked to stop" in launch.text()
 
 
+def test_weights_that_are_not_finite_are_never_saved(images, tmp_path, monkeypatch):
+    """An update may overflow after a loss that was finite."""
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def overflowing(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        calls.append(None)
+        if len(calls) == broken:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    for broken, argv in ((6, ["--recovery-interval", "1"]), (8, ["--val-split", ""])):  # 4 updates an epoch
+        calls.clear()
+        output = tmp_path / str(broken)
+        with pytest.raises(UserError, match=r"weights are not finite after update \d .*earlier checkpoints are kept"):
+            train_tiny(images, output, "--epochs", "2", *argv)
+        run = output / "run"
+        for path in [*run.glob("*.safetensors"), *run.glob("checkpoints/*/model.safetensors")]:
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
+        assert list(run.glob("checkpoints/*"))
+
+
+def test_a_run_repeats_from_its_options_though_it_was_itself_resumed(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--stop-epoch", "1")
+    train("--resume", run)
+    train("--config", run / "args.yaml", "--output", tmp_path / "again", "--experiment", "run")
+    same_run(tmp_path / "again" / "run", run)
+
+
+def test_another_optimiser_leaves_the_run_resumable(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--stop-epoch", "1")
+    with pytest.raises(UserError, match="holds the state of AdamW, and this run has SGD"):
+        train("--resume", run, "--opt", "sgd")
+    train("--resume", run)
+    assert len(read_summary(run)) == 2
+
+
+def test_a_damaged_summary_is_named(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--stop-epoch", "1")
+    (run / "summary.csv").write_text("loss\n1\n")
+    with pytest.raises(UserError, match=r"summary\.csv is damaged"):
+        train("--resume", run)
+
+
 def test_a_chosen_first_epoch_has_its_learning_rate(images, tmp_path):
     argv = ["--epochs", "4", "--warmup-epochs", "2"]
     whole = read_summary(train_tiny(images, tmp_path / "whole", *argv))

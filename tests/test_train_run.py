@@ -205,6 +205,11 @@ def test_skipped_images_are_reported_after_each_epoch(tmp_path, capsys):
     (["--mean", "0.5", "0.5"], r"--mean and --std need one number, or one per channel \(3\)"),
     (["--model-kwargs", "no_such=1"], r"cannot create faim_test_resnet.*no_such"),
     (["--initial-checkpoint", "no/such.safetensors"], r"--initial-checkpoint no/such\.safetensors is no file"),
+    (["--initial-checkpoint", __file__], r"cannot create faim_test_resnet"),
+    (["--aug", "--aa", "nonsense"], r"timm cannot make the image transforms: AssertionError.*Check --aa"),
+    (["--interpolation", "foo"], r"timm cannot make the image transforms: KeyError.*--interpolation"),
+    (["--opt-betas", "0.9"], r"--opt adamw: "),
+    (["--skip-unreadable", "--dataset", "torch/image_folder"], r"--skip-unreadable is for images that are read"),
 ])
 def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr(epochs, "train_one_epoch", lambda *_: pytest.fail("training has begun"))
@@ -303,6 +308,18 @@ def test_evaluation_alone_is_that_of_the_run(faim_run, images, tmp_path):
         assert metrics["samples"] == 7
         assert metrics["top1"] == pytest.approx(float(best["eval_top1"]))
         assert metrics["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
+
+
+def test_evaluation_alone_ignores_options_of_training(faim_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(faim_run, run)
+    with (run / "args.yaml").open("a") as recipe:
+        recipe.write("fsdp: true\nwandb_resume_id: x\npush_to_hub: me/pets\nhub_private: true\n")
+    train("--eval-only", "--resume", run, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="--push-to-hub publishes a training"):
+        train("--eval-only", "--resume", run, "--push-to-hub", "me/pets", "--output", tmp_path / "out")
+    with pytest.raises(UserError, match=r"checkpoint-0003-00000000 holds those that training goes on from.*--resume"):
+        train("--eval-only", "--resume", run / "checkpoints" / "checkpoint-0003-00000000", "--output", tmp_path / "out")
 
 
 def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):

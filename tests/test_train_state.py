@@ -69,22 +69,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, sched):
 
 def test_weights_alone(tmp_path):
     first = Run(tmp_path)
-    first.step(0)
+    for n in range(3):
+        first.step(n)
     path = first.checkpointer.save(Progress(epoch=1, updates=1))
     second = Run(tmp_path, seed=9)
     second.checkpointer.load(path, batches=5, with_optimizer=False)
-    for model in (second.model, second.ema.module):  # the average of new weights is those weights
-        assert torch.equal(first.model[0].weight, model[0].weight)
+    for a, b in ((first.model, second.model), (first.ema.module, second.ema.module)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not torch.equal(second.ema.module[0].weight, second.model[0].weight)
     assert not second.optimizer.state_dict()["state"]
 
 
 def test_options_that_have_changed_take_effect(tmp_path):
     path = Run(tmp_path, "cosine").checkpointer.save(Progress(epoch=1, updates=1))
     second = Run(tmp_path, "cosine")
+    changed = {"weight_decay": 0.7, "betas": (0.5, 0.6), "eps": 1e-3}
     for group in second.optimizer.param_groups:
-        group["weight_decay"] = 0.7
+        group.update(changed)
     second.checkpointer.load(path, batches=5)
-    assert second.optimizer.param_groups[0]["weight_decay"] == 0.7
+    assert {key: second.optimizer.param_groups[0][key] for key in changed} == changed
+
+
+def test_another_optimiser_is_refused(tmp_path):
+    path = Run(tmp_path, "cosine").checkpointer.save(Progress(epoch=1, updates=1))
+    second = Run(tmp_path, "cosine")
+    second.checkpointer.optimizer = torch.optim.SGD(second.model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(UserError, match="holds the state of AdamW, and this run has SGD.*--no-resume-opt"):
+        second.checkpointer.load(path, batches=5)
+    second.checkpointer.load(path, batches=5, with_optimizer=False)
 
 
 def saved(folder, updates=(1, 2, 3), keep=5):
@@ -103,6 +115,15 @@ def test_the_oldest_are_removed(tmp_path):
     saved(tmp_path, keep=2)
     assert names(tmp_path) == ["checkpoint-0002-00000000", "checkpoint-0003-00000000"]
     assert epochs_done(tmp_path) == 3
+
+
+def test_the_newest_end_of_an_epoch_is_kept_beside_those_within_one(tmp_path):
+    run = Run(tmp_path)
+    for step in range(4):
+        run.checkpointer.save(Progress(epoch=1, step=step))
+    assert names(tmp_path) == ["checkpoint-0001-00000000", "checkpoint-0001-00000008", "checkpoint-0001-00000012"]
+    run.checkpointer.save(Progress(epoch=2))
+    assert names(tmp_path) == ["checkpoint-0001-00000012", "checkpoint-0002-00000000"]
 
 
 def damage(path, how):

@@ -120,6 +120,13 @@ class FAIMHead(nn.Module):
         one_form = 1.0 + lmbda * math.sqrt(2.0 / (math.pi * D))
         self.metric.reset_parameters(sigma=1.0 / (squared * one_form**2))
 
+    def initial_distance(self) -> float:
+        """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (normalised: for any)."""
+        if self.init == "scaled":
+            return 1.0
+        one_form = 1.0 + self.metric.lambda_init * math.sqrt(2.0 / math.pi) * (1.0 if self.metric.symmetric else 0.0)
+        return math.sqrt((2.0 / self.in_features if self.normalize else 2.0) * self.in_features) * one_form
+
     def gamma(self) -> Tensor:
         """The effective γ = |scale| [1]."""
         return absolute(self.scale)

@@ -14,7 +14,7 @@ from accelerate.utils import DynamoBackend
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, Parser, build_parser, switch
+from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, Parser, build_parser, switch
 
 DEMO_RECIPE = Path(__file__).parents[1] / "configs" / "omniglot.yaml"
 STREAMED = ("hfids", "wds", "tfds")  # types of --dataset that can only be read from the beginning
@@ -53,14 +53,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         for key in FAIM_ONLY:
             setattr(args, key, parser.get_default(key))
     if args.eval_only:
-        _choose_evaluated(args, line.experiment)
+        if line.push_to_hub:
+            raise UserError("--push-to-hub publishes a training. Publish a run with python -m timm_faim.hub push")
+        _choose_evaluated(parser, args, line.experiment)
     _complete(args)
     _check_values(args)
     _check_combinations(args)
     return args
 
 
-def _choose_evaluated(args: argparse.Namespace, experiment: str) -> None:
+def _choose_evaluated(parser: Parser, args: argparse.Namespace, experiment: str) -> None:
     """--eval-only opens trained weights: of the run that --resume names, of --initial-checkpoint, or of --model.
 
     `experiment` is that of the command line: the run's own folder is not the evaluation's.
@@ -70,7 +72,13 @@ def _choose_evaluated(args: argparse.Namespace, experiment: str) -> None:
         raise UserError("--eval-only with --resume auto does not say what to evaluate. Name the run folder")
     if args.resume:
         folder = Path(args.resume).absolute()
-        folder = folder.parents[1] if folder.name.startswith("checkpoint-") else folder
+        if folder.name.startswith("checkpoint-"):
+            raise UserError(f"--eval-only evaluates the best weights of a run, and {folder.name} holds those that "
+                            f"training goes on from. Name the run: --resume {folder.parents[1]}; single epochs are "
+                            "--initial-checkpoint files in its folder top/")
+        for action in parser._actions:  # of the run's options only those of data and images matter
+            if action.dest in TRAINING_ONLY:
+                setattr(args, action.dest, action.default)
         args.model, args.resume, args.initial_checkpoint, args.pretrained_path = f"local-dir:{folder}", "", "", None
         args.faim_cfg, args.model_kwargs = None, {}
     args.pretrained = not args.initial_checkpoint
@@ -192,9 +200,10 @@ def _check_values(args: argparse.Namespace) -> None:
     not_negative = ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "cache_views",
                     "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats")
     positive = ("lr_scale_backbone", "lr_scale_mu", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda",
-                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul")
+                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul", "clip_grad", "crop_pct")
     shares = ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "color_jitter_prob", "grayscale_prob",
-              "gaussian_blur_prob", "smoothing", "bce_target_thresh")
+              "gaussian_blur_prob", "smoothing", "bce_target_thresh", "drop", "drop_path", "drop_block",
+              "model_ema_decay")
     for keys, holds, rule in (
         (at_least_one, lambda v: v >= 1, "be at least 1"), (not_negative, lambda v: v >= 0, "not be negative"),
         (positive, lambda v: v > 0, "be greater than 0"), (shares, lambda v: 0 <= v <= 1, "lie in 0..1"),
@@ -203,6 +212,10 @@ def _check_values(args: argparse.Namespace) -> None:
             value = getattr(args, key)
             if value is not None and not holds(value):
                 raise UserError(f"{_flag(key)} must {rule}, got {value}")
+    if args.smoothing == 1:
+        raise UserError("--smoothing must be below 1, got 1.0: nothing of the labels would be left")
+    if not 0 < args.scale[0] <= args.scale[1] <= 1:
+        raise UserError(f"--scale takes MIN <= MAX in 0..1, got {_join(args.scale)}")
     if not 0 < args.multilabel_threshold < 1:
         raise UserError(f"--multilabel-threshold must lie between 0 and 1, got {args.multilabel_threshold}")
     if args.aug_splits < 0 or args.aug_splits == 1:
@@ -305,8 +318,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.wandb_resume_id and not args.resume, "--wandb-resume-id needs --resume"),
         ((args.hub_private or args.hub_license) and not args.push_to_hub,
          "--hub-private and --hub-license need --push-to-hub"),
-        (args.push_to_hub and args.eval_only, "--push-to-hub publishes a training: publish what --eval-only evaluates "
-                                              "with python -m timm_faim.hub push"),
     )
     for broken, message in rules:
         if broken:

@@ -23,6 +23,7 @@ from timm_faim.training.datasets import (
     open_datasets,
     open_split,
     reader_of,
+    set_targets,
 )
 from timm_faim.training.errors import UserError
 from timm_faim.training.sampling import SeededSamples
@@ -77,7 +78,7 @@ def build_loaders(
 
 
 def build_fit_loader(
-        args: argparse.Namespace, data_config: dict[str, Any], accelerator: Accelerator,
+        args: argparse.Namespace, data_config: dict[str, Any], accelerator: Accelerator, num_classes: int,
 ) -> Any:
     """All training images once, without augmentation, in every process: for closed-form initialisation.
 
@@ -87,6 +88,7 @@ def build_fit_loader(
         UserError: a stream with several processes, which timm's readers shard.
     """
     dataset = open_split(args, True, data_config["input_size"][0], in_order=True)
+    set_targets(args, dataset, num_classes)
     if isinstance(dataset, IterableDataset) and accelerator.num_processes > 1:
         raise UserError(f"--head-init data reads all images in every process, and --dataset {args.dataset} is shared "
                         "out. Leave --head-init out, or train with one process")
@@ -110,7 +112,11 @@ class _OwnSession:
 
 
 def _create_loader(dataset: Dataset, **options: Any) -> Any:
-    loader = create_loader(dataset, **options)
+    try:
+        loader = create_loader(dataset, **options)
+    except (AssertionError, LookupError, ValueError, TypeError) as e:
+        raise UserError(f"timm cannot make the image transforms: {type(e).__name__} {' '.join(str(e).split())}. Check "
+                        "--aa, --interpolation, --train-interpolation, --scale, --ratio and --crop-pct") from e
     loader.loader.worker_init_fn = _OwnSession(loader.loader.worker_init_fn)
     return loader
 

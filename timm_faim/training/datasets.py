@@ -124,11 +124,16 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
         raise UserError(f"the data have labels up to {highest}, outside the {args.num_classes} classes of "
                         f"--num-classes {args.num_classes}. Give at least --num-classes {highest + 1}")
     num_classes = highest + 1 if args.num_classes is None else args.num_classes
-    if args.multi_label:
-        for dataset in filter(None, (train, val)):
-            images = dataset.images if isinstance(dataset, CheckedImages) else dataset
-            images.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == "multihot")
+    for dataset in filter(None, (train, val)):
+        set_targets(args, dataset, num_classes)
     return TrainingData(train, val, num_classes, _label_names(classes, args.num_classes))
+
+
+def set_targets(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:
+    """With --multi-label, make the dataset's targets dense [C]."""
+    if args.multi_label:
+        images = dataset.images if isinstance(dataset, CheckedImages) else dataset
+        images.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == "multihot")
 
 
 def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_order: bool = False) -> Dataset:
@@ -169,6 +174,9 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
         _check_fields(args, dataset.reader)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset, skip=args.skip_unreadable, is_training=is_training)
+    if args.skip_unreadable:
+        raise UserError(f"--skip-unreadable is for images that are read by timm one by one (folders, tar files, "
+                        f"hfds/), not for --dataset {name}. Leave it out")
     return dataset
 
 

@@ -10,7 +10,7 @@ from timm_faim import set_damping
 from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import Training, evaluate, train_one_epoch
+from timm_faim.training.loop import Training, check_weights, evaluate, train_one_epoch
 from timm_faim.training.reporting.plots import draw_learning_curve
 from timm_faim.training.stages import learning_rates
 from timm_faim.training.summary import append_summary, cut_summary, epoch_line, head_metrics, read_summary
@@ -90,6 +90,7 @@ def finish_epoch(
     is_best = metric is not None and (
         progress.best is None or (metric < progress.best if decreasing else metric > progress.best))
     progress.best = metric if is_best else progress.best
+    check_weights(run)
     state = run.whole_state()
     if accelerator.is_main_process:
         save_weights(state, run.run_folder, is_best or progress.best is None)

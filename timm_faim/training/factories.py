@@ -1,11 +1,13 @@
 """Model, optimiser and schedule, all made by timm's factories from the options; loss and task are in `tasks.py`."""
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
@@ -14,6 +16,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_faim import faim_heads, fit_heads
+from timm_faim.training.args import loss_name
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.tasks import build_criterion, build_mixup, build_task
 
@@ -52,7 +55,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         if path and not Path(path).is_file():
             raise UserError(f"{flag} {path} is no file")
     set_fast_norm(args.fast_norm)
-    given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=args.faim_cfg)
+    given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=_head_options(args))
     given.update((key, getattr(args, option)) for option, key in ARGUMENTS.items() if getattr(args, option) is not None)
     if args.pretrained_path:  # -1 classes: the classifier is left out unless it fits, as with timm's own weights
         given["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
@@ -63,7 +66,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **given)
         if args.initial_checkpoint:
             load_checkpoint(model, args.initial_checkpoint)
-    except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError, AssertionError, SafetensorError) as e:
         reason = " ".join(str(e).split())
         for option, key in ARGUMENTS.items():
             if f"unexpected keyword argument '{key}'" in reason:
@@ -71,6 +74,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
                 raise UserError(f"{args.model} does not take --{flag}. Leave it out, or choose another model") from e
         raise UserError(f"cannot create {args.model}: {reason}") from e
     _init_linear_head(args, model)
+    if compares_with_zero(args):
+        _centre_logits(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if args.split_bn:
@@ -80,6 +85,33 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def compares_with_zero(args: argparse.Namespace) -> bool:
+    """Whether the loss takes each logit by itself, so that a class counts as present where its logit is positive."""
+    return not args.eval_only and (args.multi_label or loss_name(args) in ("bce", "asl"))
+
+
+def _head_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """--faim-cfg; a loss that compares logits with 0 needs the class prior, since -γ d alone is never positive."""
+    if not compares_with_zero(args) or not args.model.startswith("faim_"):
+        return args.faim_cfg
+    options = {"prior": True, **(args.faim_cfg or {})}
+    if not options["prior"]:
+        raise UserError(f"--faim-cfg prior=False does not go with the {loss_name(args)} loss: logits -γ d are never "
+                        "above 0, and no class would be predicted. Leave it out")
+    return options
+
+
+@torch.no_grad()
+def _centre_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Start fresh priors where a class at the mean distance has the probability 1/C."""
+    for head in faim_heads(model).values():
+        if head.prior is None:
+            raise UserError(f"the FAIM head of {args.model} has no class prior, which the {loss_name(args)} loss "
+                            "needs: logits -γ d are never above 0. Train a new one with prior=True, or use --loss ce")
+        if not head.prior.any():
+            head.prior.fill_(float(head.gamma()) * head.initial_distance() - math.log(max(1, head.num_classes - 1)))
 
 
 def sync_batch_norm(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
@@ -146,7 +178,7 @@ def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, processes:
         args.lr = args.lr_base * (ratio**0.5 if rule == "sqrt" else ratio)
     try:
         return create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
-    except (ValueError, TypeError, AssertionError) as e:
+    except (ValueError, TypeError, AssertionError, LookupError) as e:
         if args.opt not in list_optimizers() and isinstance(e, ValueError):
             raise UserError(f"unknown --opt {args.opt}.{did_you_mean(args.opt, list_optimizers())}") from e
         raise UserError(f"--opt {args.opt}: {' '.join(str(e).split())}") from e

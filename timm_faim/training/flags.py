@@ -18,6 +18,14 @@ FAIM_ONLY = ("faim_cfg", "head_init", "damp_epochs", "stages", "freeze_gamma", "
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
 
 
+# Options that an evaluation of a run does not take over: they do nothing there, or need a training.
+TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_with", "log_wandb", "wandb_project",
+                 "wandb_tags", "wandb_resume_id", "push_to_hub", "hub_private", "hub_license", "kd_model_name",
+                 "distill_loss_weight", "task_loss_weight", "freeze", "head_only", "train_last", "cache_features",
+                 "cache_views", "aug_splits", "jsd_loss", "aug_repeats", "mixup", "cutmix", "cutmix_minmax",
+                 "mixup_off_epoch", "head_init", "stages", "freeze_gamma", "damp_epochs")
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `UserError` instead of printing the whole usage before the message."""
 

@@ -26,7 +26,7 @@ def apply_freeze(args: argparse.Namespace, model: nn.Module) -> list[nn.Module]:
     if args.freeze:
         frozen = _freeze_matching(model, args.freeze)
     elif args.head_only or args.train_last is not None:
-        learns = _classifier_parameters(model)
+        learns = classifier_parameters(model)
         if args.train_last is not None:
             learns |= _last_parameters(model, args.train_last, args.model)
         for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ def _freeze_matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Modul
             if name in modules and not any(name.startswith(f"{other}.") for other in matched)]
 
 
-def _classifier_parameters(model: nn.Module) -> set[str]:
+def classifier_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of FAIM heads, or of what timm calls the classifier."""
     names = set(faim_heads(model))
     if not names:
@@ -80,7 +80,7 @@ def _last_parameters(model: nn.Module, count: int, model_name: str) -> set[str]:
         raise UserError(f"--train-last: timm does not say what the blocks of {model_name} are. Use --freeze")
     matcher = model.group_matcher(coarse=False)
     groups = [set(names) for _, names in sorted(group_parameters(model, matcher).items())]
-    classifier = _classifier_parameters(model)
+    classifier = classifier_parameters(model)
     after = set().union(*(group for group in groups if group & classifier))
     blocks = [group for group in groups if not group & classifier]
     stem = matcher.get("stem") if isinstance(matcher, dict) else None

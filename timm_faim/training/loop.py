@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from timm.models import model_parameters
 from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from timm_faim.training.checkpoint import save_batch
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
+from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.sampling import TrainingOrder, seed_step
 from timm_faim.training.stages import StageSchedule
 from timm_faim.training.state import Checkpointer, Progress
@@ -193,6 +193,11 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     if run.mixup is not None:  # switched off it still makes the soft targets that the loss expects
         run.mixup.mixup_enabled = not args.mixup_off_epoch or progress.epoch < args.mixup_off_epoch
 
+    clipped = list(model.parameters())
+    if args.clip_mode == "agc":  # timm's own exclusion of the head leaves out the last two parameters
+        exempt = classifier_parameters(run.model)
+        head = {id(p) for name, p in run.model.named_parameters() if name in exempt}
+        clipped = [p for p in clipped if id(p) not in head]
     record = _EpochRecord(run)
     reader = LateReader(record.consume)
     run.enter_stage()
@@ -221,8 +226,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
             with run.stages.update(optimizer, progress.updates) if run.stages else nullcontext():
                 if args.clip_grad is not None:
                     accelerator.unscale_gradients(optimizer)
-                    dispatch_clip_grad(model_parameters(model, exclude_head="agc" in args.clip_mode),
-                                       value=args.clip_grad, mode=args.clip_mode)
+                    dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
                 optimizer.step()
             optimizer.zero_grad()
             progress.updates += 1
@@ -242,6 +246,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
             reader.flush()
             record.keep_time()
             if run.checkpointer is not None:
+                check_weights(run)
                 run.checkpointer.save(progress)
             if run.is_stopping:
                 record.bar.close()
@@ -268,6 +273,22 @@ def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) ->
     # Filled on the device: a tensor made from numbers of the host would wait for the device.
     sums = torch.stack([loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested)])
     return torch.cat([loss[None], run.accelerator.reduce(sums, "sum")])
+
+
+def check_weights(run: Training) -> None:
+    """Raise `RankError` on every process where some weight is no number: before anything is saved from them."""
+    module = run.accelerator.unwrap_model(run.task.get_trainable_module(), keep_torch_compile=False)
+    finite = [torch.isfinite(_local(t)).all() for t in module.state_dict().values() if t.is_floating_point()]
+    bad = run.accelerator.reduce((~torch.stack(finite)).sum().float(), "sum")
+    if bad > 0:
+        raise RankError(f"weights are not finite after update {run.progress.updates} (epoch {run.progress.epoch + 1}), "
+                        "and are not saved; earlier checkpoints are kept. Try a lower --lr, a longer --warmup-epochs, "
+                        "or --clip-grad")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def check_labels(target: torch.Tensor, num_classes: float) -> None:

@@ -10,6 +10,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.task import MultiLabelClassificationEvaluator
+from torch.utils.data import IterableDataset
 
 from timm_faim.training.checkpoint import BEST
 from timm_faim.training.data import TrainingData, build_fit_loader
@@ -42,7 +43,8 @@ def evaluate_only(
     """
     if model.num_classes != data.num_classes:
         raise UserError(f"the model has {model.num_classes} classes and the validation data {data.num_classes}. Give "
-                        "the class folders of the training, or its classes in order with --class-map")
+                        "the class folders of the training, or its classes in order with --class-map; where the model "
+                        f"was trained with more classes than folders, --num-classes {model.num_classes}")
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     if names and data.label_names and list(names) != list(data.label_names):
         differ = sorted(set(names) ^ set(data.label_names))[:3] or ["the order"]
@@ -86,13 +88,19 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
         evaluation = _write(model, data, val_loader, accelerator, args, folder,
                             {"model": args.model, "weights": str(run.run_folder / BEST)}, log)
     if accelerator.is_main_process:
-        page = write_report(
-            run.run_folder, model, read_summary(run.run_folder / "summary.csv"), label_names=data.label_names,
-            evaluation=evaluation, train_images=build_fit_loader(args, data_config, accelerator),
-            val_images=val_loader, args_text=(run.run_folder / "args.yaml").read_text(encoding="utf-8"),
-        )
-        log(f"report: {page}" if page else "no report.html: matplotlib is not installed "
-                                           "(pip install 'timm-faim[train]')")
+        is_stream = isinstance(data.train, IterableDataset)  # whose images cannot be read by their number
+        try:
+            page = write_report(
+                run.run_folder, model, read_summary(run.run_folder / "summary.csv"), label_names=data.label_names,
+                evaluation=evaluation,
+                train_images=None if is_stream else build_fit_loader(args, data_config, accelerator, data.num_classes),
+                val_images=val_loader, args_text=(run.run_folder / "args.yaml").read_text(encoding="utf-8"),
+            )
+        except Exception as e:  # the training has ended well, whatever becomes of its pictures
+            log(f"no report.html: {type(e).__name__}: {' '.join(str(e).split())}")
+        else:
+            log(f"report: {page}" if page else "no report.html: matplotlib is not installed "
+                                               "(pip install 'timm-faim[train]')")
     accelerator.wait_for_everyone()
 
 

@@ -10,14 +10,14 @@ from accelerate.utils import broadcast_object_list
 
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import check_writable, create_run_folder
+from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
 
 # Options that may differ between the parts of one run.
 _RUNTIME = {
-    "resume", "no_resume_opt", "experiment", "output", "config", "workers", "log_interval", "cpu_threads", "stop_epoch",
-    "recovery_interval", "checkpoint_hist", "dry_run", "report", "log_with", "project_name", "log_wandb",
-    "wandb_project", "wandb_tags", "wandb_resume_id", "validation_batch_size", "push_to_hub", "hub_private",
-    "hub_license",
+    *ONE_LAUNCH, "experiment", "output", "config", "workers", "log_interval", "cpu_threads", "recovery_interval",
+    "checkpoint_hist", "report", "log_with", "project_name", "log_wandb", "wandb_project", "wandb_tags",
+    "validation_batch_size", "push_to_hub", "hub_private", "hub_license", "wandb_resume_id",
 }
 
 
@@ -105,6 +105,8 @@ def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, An
     try:
         before = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
+        return {"args.yaml": (None, None)}
+    if not isinstance(before, dict):
         return {"args.yaml": (None, None)}
     now = yaml.safe_load(yaml.safe_dump(requested))
     derived = {"lr"} - now.keys()  # the rate that follows the batch is on record, but was not asked for

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_custom_state
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,8 @@ from timm_faim.training.files import flush_to_disk, rename
 
 FOLDER, MANIFEST = "checkpoints", "manifest.json"
 _MODEL = "model.safetensors"
+# What a person may change between the parts of a run; other entries of an optimiser's groups may be state.
+_CHANGEABLE = ("weight_decay", "lr_scale", "initial_lr", "momentum", "dampening", "nesterov", "betas", "eps")
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)")
 
 
@@ -103,7 +106,7 @@ class Checkpointer:
         layout: processes, batch_size, grad_accum_steps and number of training images of this run.
         scheduler: timm's schedule, or None. All but `plateau` are functions of epoch and update and have no state.
         ema: running average of the weights, or None.
-        keep: number of checkpoints to keep, at least 1.
+        keep: number of checkpoints to keep, at least 1, beside the newest one at an epoch's end.
     """
 
     def __init__(
@@ -167,9 +170,11 @@ class Checkpointer:
         if not with_optimizer and self.accelerator.distributed_type == DistributedType.FSDP:
             raise UserError("--no-resume-opt does not go with FSDP, whose checkpoints are sharded. Start a new run "
                             "from the weights in the run folder with --initial-checkpoint")
-        # What a person may change between the parts of a run; the rest of a group may be state.
-        kept = [{key: group[key] for key in ("weight_decay", "lr_scale", "initial_lr") if key in group}
-                for group in self.optimizer.param_groups]
+        before, now = manifest.get("optimizer"), self._optimizer_name()
+        if with_optimizer and before not in (None, now):
+            raise UserError(f"checkpoint {path} holds the state of {before}, and this run has {now}. Resume with the "
+                            "--opt it was made with, or without that state: --no-resume-opt")
+        kept = [{key: group[key] for key in _CHANGEABLE if key in group} for group in self.optimizer.param_groups]
         try:
             if with_optimizer:
                 self.accelerator.load_state(str(path))
@@ -178,9 +183,10 @@ class Checkpointer:
             else:
                 self._load_weights([], str(path))
                 if self.ema is not None:
-                    self.ema.set(self.model)
+                    registered = self.accelerator._custom_objects
+                    load_custom_state(self.ema, str(path), next(n for n, o in enumerate(registered) if o is self.ema))
             rank_file = path / self._rank_file()
-            if rank_file.exists() and with_optimizer:
+            if rank_file.exists():
                 stored = load_file(rank_file)
                 for name, buffer in self._buffers().items():
                     buffer.copy_(stored[name])
@@ -216,6 +222,9 @@ class Checkpointer:
             rename(path, aside)
         return [path.name for path in later]
 
+    def _optimizer_name(self) -> str:
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+
     def _name(self, progress: Progress) -> str:
         # Images, not updates: their number does not depend on how many processes share them.
         images = progress.step * self.layout["processes"] * self.layout["batch_size"]
@@ -224,7 +233,7 @@ class Checkpointer:
     def _publish(self, temporary: Path, path: Path, progress: Progress) -> None:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
-            "progress": asdict(progress), "layout": self.layout,
+            "progress": asdict(progress), "layout": self.layout, "optimizer": self._optimizer_name(),
             "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
             "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in files},
         }
@@ -234,7 +243,9 @@ class Checkpointer:
         if path.exists():  # a damaged one, which resuming has passed over
             shutil.rmtree(path)
         rename(temporary, path)
-        for old in _newest_first(self.folder)[self.keep:]:
+        checkpoints = _newest_first(self.folder)
+        at_an_end = [p for p in checkpoints if _position(p)[1] == 0][:1]  # to go back to if the ones within are no good
+        for old in (p for p in checkpoints[self.keep:] if p not in at_an_end):
             hidden = old.with_name(f".{old.name}.tmp")  # no half-removed checkpoint under a checkpoint's name
             rename(old, hidden)
             shutil.rmtree(hidden, ignore_errors=True)

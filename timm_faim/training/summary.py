@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from timm_faim import faim_heads
+from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write
 
 
@@ -53,7 +54,10 @@ def read_summary(path: Path) -> list[dict[str, str]]:
 def cut_summary(path: Path, epoch: int) -> None:
     """Remove the rows of `epoch` and later, which a resumed run will write again."""
     rows = read_summary(path)
-    kept = [row for row in rows if int(row["epoch"]) < epoch]
+    try:
+        kept = [row for row in rows if int(row["epoch"]) < epoch]
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is damaged: a row lacks its epoch. Mend it, or remove it and go on without") from e
     if len(kept) < len(rows):
         _write_rows(path, kept)
 
