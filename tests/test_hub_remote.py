@@ -126,7 +126,8 @@ def test_round_trip(hub, client, run, tmp_path):
     """
     expected = logits_hash(f"local-dir:{run}")
     assert client(script, home="another") == [expected, expected, 5, True, ["bird", "cat", "dog"]]
-    assert client(f'result = opened("hf-hub:{REPO}")', home="another", HF_HUB_OFFLINE="1") == expected
+    offline = client(f'result = [opened("hf-hub:{REPO}"), attempt({push})]', home="another", HF_HUB_OFFLINE="1")
+    assert offline[0] == expected and "HF_HUB_OFFLINE is set. Unset it, or write the folder alone" in offline[1]
     refused = client(f'result = opened("hf-hub:{REPO}")', home="empty", HF_HUB_OFFLINE="1")
     assert "cannot find the requested files in the local cache" in refused
     for path in tmp_path.rglob("*"):  # of the caches too
@@ -137,10 +138,13 @@ def test_branch_tag_pull_request_and_private_repository(hub, client, run):
     script = f"""
     push = ["push", {str(run)!r}, "--repo", {REPO!r}]
     result = [attempt(*push, "--private", "--tag", "v1", "--message", "first"),
+              attempt(*push, "--private", "--tag", "v1"),
               attempt(*push, "--branch", "trial", "--license", "mit"),
               attempt(*push, "--create-pr", "--license", "mit", "--message", "with a licence")]
     """
-    assert client(script) == [None, None, None]
+    first, again, branch, request = client(script)
+    assert (first, branch, request) == (None, None, None)
+    assert "which is published: there is a tag v1 already. Choose another --tag" in again
     repo = hub.repos[REPO]
     assert repo.private and commits(hub) == ["first"]
     assert repo.tags == {"v1": repo.branches["main"]}

@@ -79,8 +79,12 @@ def push(
         step = "upload"
         commit = _commit(api, repo_id, folder, message, branch, create_pr)
         if tag:
-            step = f"tag the commit {commit.oid[:8]}, which is published, as {tag}"
+            step = f"tag the commit {commit.oid[:8]}, which is published"
+            if any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+                raise HubError(f"{repo_id}: cannot {step}: there is a tag {tag} already. Choose another --tag")
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    except HubError:
+        raise
     except Exception as e:  # beside its own errors the client passes on those of two HTTP libraries
         raise HubError(f"{repo_id}: cannot {step}: {_reason(e)}") from _without_token(e)
     return str(commit.pr_url if create_pr else commit.commit_url), commit.oid
