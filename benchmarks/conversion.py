@@ -197,6 +197,7 @@ def main() -> None:
     table([*header, "falling: top-1 %", "top-5 %", "KL", "model"], "llrrlrrrrrrr")
     for case in ARCHITECTURES:
         architecture(*case)
+    print("\nVOLO adds the largest auxiliary logits over the tokens, comparing features: that part is not kept.")
 
 
 def _cpu_name() -> str:
