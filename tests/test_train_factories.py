@@ -354,12 +354,22 @@ def test_teacher_of_a_faim_run(teacher):
     assert faim_heads(task.teacher.model)
 
 
-def test_pretrained_faim_name_has_no_logits_to_learn_from(monkeypatch):
-    create = timm.create_model
+def test_pretrained_faim_name_whose_head_stays_fresh_has_no_logits_to_learn_from(monkeypatch):
+    create = timm.create_model  # without weights there is no classifier to convert, as with weights that only embed
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **kwargs))
     with pytest.raises(UserError, match="a fresh FAIM head and so no logits"):
         args = options("--kd-model-name", "faim_resnet18")
         factories.build_task(args, create("test_resnet", num_classes=1000), torch.nn.CrossEntropyLoss(), CPU)
+
+
+def test_pretrained_faim_name_that_keeps_its_classes_teaches(monkeypatch):
+    create = timm.create_model
+    overlay = dict(state_dict=create("test_resnet", num_classes=3).state_dict(), num_classes=3)
+    keeps = create("faim_test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: keeps)
+    args = options("--kd-model-name", "faim_resnet18", "--kd-loss-type", "kl")
+    task = factories.build_task(args, create("test_resnet", num_classes=3), torch.nn.CrossEntropyLoss(), CPU)
+    assert task.teacher.model is keeps
 
 
 def test_student_without_a_distillation_head(teacher):

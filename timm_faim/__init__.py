@@ -6,9 +6,19 @@ Importing this package registers a ``faim_`` twin of every timm classification a
     model = timm.create_model("faim_vit_base_patch16_224", pretrained=True, num_classes=200)
 """
 
-from .head import FAIMHead, TargetMargin, faim_heads, fit_, fit_heads, set_damping
+from .head import (
+    FAIMHead,
+    TargetMargin,
+    agreement,
+    faim_heads,
+    fit_,
+    fit_heads,
+    from_linear,
+    set_damping,
+    to_linear,
+)
 from .metric import FAIMMetric, faim_distance
-from .models import head_options, register_twins
+from .models import convert, head_options, register_twins
 from .version import __version__
 
 __all__ = [
@@ -16,12 +26,16 @@ __all__ = [
     "FAIMMetric",
     "TargetMargin",
     "__version__",
+    "agreement",
+    "convert",
     "faim_distance",
     "faim_heads",
     "fit_",
     "fit_heads",
+    "from_linear",
     "head_options",
     "set_damping",
+    "to_linear",
 ]
 
 register_twins()

@@ -2,6 +2,7 @@
 
 from .attach import attach_heads
 from .config import head_options
+from .convert import convert
 from .faim import has_classifier, register_twins
 
-__all__ = ["attach_heads", "has_classifier", "head_options", "register_twins"]
+__all__ = ["attach_heads", "convert", "has_classifier", "head_options", "register_twins"]

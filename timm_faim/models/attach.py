@@ -8,6 +8,7 @@ The model's class becomes a subclass made on the fly (``isinstance`` of the timm
 ``reset_classifier`` calls timm's and attaches heads again.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Optional
 
@@ -17,22 +18,28 @@ from torch import nn
 from timm_faim.head import FAIMHead, faim_heads
 
 
-def attach_heads(model: nn.Module, faim_cfg: dict[str, Any]) -> nn.Module:
+def attach_heads(
+    model: nn.Module, faim_cfg: dict[str, Any], ready: Optional[Mapping[str, FAIMHead]] = None
+) -> nn.Module:
     """Replace the classifiers of a timm model by FAIM heads, in place.
 
     Args:
         model: a model made by timm, with ``pretrained_cfg``; with ``num_classes=0`` the heads come with a later
             ``reset_classifier``.
         faim_cfg: resolved head options, see :func:`timm_faim.models.config.resolve_faim_cfg`.
+        ready: heads to put in by classifier name; the other classifiers get fresh ones.
 
     Raises:
         TypeError: a named classifier that is neither linear nor a 1×1 convolution.
         ValueError: head options out of their range.
     """
     model.faim_cfg = dict(faim_cfg)
-    _replace_classifiers(model)
+    _replace_classifiers(model, ready or {})
     if not isinstance(model, FAIMModelMixin):
+        recorded = vars(model).pop("_model_args", None)  # the mixin's property would hide it
         model.__class__ = _subclass(type(model), FAIMModelMixin)
+        if recorded is not None:
+            model._model_args = recorded
     return model
 
 
@@ -48,7 +55,7 @@ class FAIMModelMixin:
             raise ValueError(f"num_classes must be >= 0, got {num_classes}")
         super().reset_classifier(num_classes, *args, **kwargs)
         self.num_classes = num_classes  # some models forget it
-        _replace_classifiers(self)
+        _replace_classifiers(self, {})
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
@@ -82,13 +89,29 @@ class KeepsHeadMixin:
         return _reduce(self)
 
 
-def _replace_classifiers(model: nn.Module) -> None:
+def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that :func:`attach_heads` replaces, by name, the model's main classifier first.
+
+    Raises:
+        TypeError: a named classifier that is neither linear nor a 1×1 convolution.
+    """
+    layers = {}
     for name in _classifier_names(model):
         layer = _find(model, name)
         if layer is None or isinstance(layer, (nn.Identity, FAIMHead)):
             continue
+        if not _is_linear(layer):
+            kind = type(layer).__name__
+            raise TypeError(f"classifier {name!r} is a {kind}; only linear layers and 1×1 convolutions fit")
+        layers[name] = layer
+    return layers
+
+
+def _replace_classifiers(model: nn.Module, ready: Mapping[str, FAIMHead]) -> None:
+    for name, layer in classifier_layers(model).items():
         parent_name, _, child_name = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child_name, _head_like(layer, name, model.faim_cfg))
+        head = ready[name] if name in ready else _head_like(layer, model.faim_cfg)
+        setattr(model.get_submodule(parent_name), child_name, head)
         _keep_unfused(model, parent_name)
 
 
@@ -111,9 +134,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _head_like(layer: nn.Module, name: str, faim_cfg: dict[str, Any]) -> FAIMHead:
-    if not _is_linear(layer):
-        raise TypeError(f"classifier {name!r} is a {type(layer).__name__}; only linear layers and 1×1 convolutions fit")
+def _head_like(layer: nn.Module, faim_cfg: dict[str, Any]) -> FAIMHead:
     out_features, in_features = layer.weight.shape[:2]
     head = FAIMHead(in_features, out_features, **faim_cfg, device=layer.weight.device, dtype=layer.weight.dtype)
     return head.train(layer.training)

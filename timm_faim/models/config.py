@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from timm_faim.head import FAIMHead
 
+PREFIX = "faim_"  # of the twins' names
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
 
 

@@ -22,15 +22,17 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_faim.head.convert import contradiction
+
 from .attach import attach_heads
 from .checkpoint import check_backbone, load_heads, read_faim_state_dict, read_published, split_heads
-from .config import resolve_faim_cfg
+from .config import PREFIX, resolve_faim_cfg
+from .convert import convert
 from .published import Entry, published
 from .saved import SOURCES, check_source
 
 _logger = logging.getLogger(__name__)
 
-PREFIX = "faim_"
 default_cfgs: dict[str, DefaultCfg] = {}  # the name that timm's register_model looks up
 __all__: list[str] = []  # register_model appends the entry names
 
@@ -90,10 +92,13 @@ def _create(
     faim_cfg: Optional[dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build timm's model, weights loaded into timm's own layers first, then put FAIM heads in place of classifiers."""
+    """Build timm's model, weights loaded into timm's own layers first, then put FAIM heads in place of classifiers.
+
+    Where the weights bring their classifier along, the heads are converted from it; otherwise they start fresh.
+    """
     if isinstance(pretrained_cfg, str) and (entry := published().get(PREFIX + arch, {}).get(pretrained_cfg)):
         return _create_published(arch, entry, pretrained, pretrained_cfg_overlay, faim_cfg, **kwargs)
-    faim_cfg = resolve_faim_cfg(faim_cfg)
+    given_cfg, faim_cfg = faim_cfg, resolve_faim_cfg(faim_cfg)
     num_classes = kwargs.get("num_classes")
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be >= 0, got {num_classes}")
@@ -111,13 +116,29 @@ def _create(
     )
     if kwargs.get("features_only"):
         return model
-    _attach(model, arch, faim_cfg)
     if num_classes is None:
         _say_default_classes(model, arch)
+    why_not = _not_convertible(model, arch, given_cfg) if pretrained else "no weights"
+    if why_not is None:
+        return convert(model, faim_cfg=given_cfg)
+    _attach(model, arch, faim_cfg)
     if pretrained and model.num_classes > 0:
         tag = model.pretrained_cfg.get("tag") or "default"
-        _logger.info(f"{PREFIX}{arch}: backbone weights loaded ({tag}), the FAIM head starts fresh")
+        _logger.info(f"{PREFIX}{arch}: backbone weights loaded ({tag}), the FAIM head starts fresh: {why_not}")
     return model
+
+
+def _not_convertible(model: nn.Module, arch: str, given_cfg: Optional[dict[str, Any]]) -> Optional[str]:
+    """Why a model with its weights loaded cannot keep their classes as a FAIM head; None if it can."""
+    classes = model.pretrained_cfg.get("num_classes")
+    if model.num_classes != classes:
+        return f"the weights have {classes} classes, the model {model.num_classes}"
+    if model.num_classes < 2 or _embeds(model, arch):
+        return "the weights have no classes"
+    if next(model.parameters()).is_meta:
+        return "the weights are on the meta device"
+    reason = contradiction(given_cfg or {})
+    return None if reason is None else f"faim_cfg {reason} to convert the weights' own classifier"
 
 
 def _create_from_checkpoint(
@@ -164,11 +185,17 @@ def _attach(model: nn.Module, arch: str, faim_cfg: dict[str, Any]) -> None:
     attach_heads(model, faim_cfg)
 
 
+def _embeds(model: nn.Module, arch: str) -> bool:
+    """Whether the outputs are a CLIP tower's embedding, which timm counts as classes."""
+    clip = "clip" in f"{arch}.{model.pretrained_cfg.get('tag')}"
+    return clip and model.num_classes in (512, 640, 768, 1024, 1152, 1280)
+
+
 def _say_default_classes(model: nn.Module, arch: str) -> None:
     tag = str(model.pretrained_cfg.get("tag"))
     if model.num_classes == 0:
         _logger.warning(f"{PREFIX}{arch}: the weights {tag!r} have no classes, so there is no head; pass num_classes")
-    elif "clip" in f"{arch}.{tag}" and model.num_classes in (512, 640, 768, 1024, 1152, 1280):
+    elif _embeds(model, arch):
         _logger.warning(
             f"{PREFIX}{arch}: the {model.num_classes} outputs of {tag!r} embed, they are no classes; pass num_classes"
         )

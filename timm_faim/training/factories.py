@@ -110,6 +110,11 @@ def _centre_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
         if head.prior is None:
             raise UserError(f"the FAIM head of {args.model} has no class prior, which the {loss_name(args)} loss "
                             "needs: logits -γ d are never above 0. Train a new one with prior=True, or use --loss ce")
+        converted = model.faim_cfg["lambda_init"] == 0 and "lambda_init" not in (args.faim_cfg or {})
+        if ":" not in args.model and converted and head.prior.any():
+            raise UserError(f"{args.model}: its weights' own classifier became the head, which keeps the differences "
+                            f"between logits but not their signs, as the {loss_name(args)} loss needs them. Use --loss "
+                            "ce, or start a fresh head with --faim-cfg normalize=True")
         if not head.prior.any():
             head.prior.fill_(float(head.gamma()) * head.initial_distance() - math.log(max(1, head.num_classes - 1)))
 

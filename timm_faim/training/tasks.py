@@ -131,7 +131,8 @@ def _build_teacher(
                         "timm model with pretrained weights, local-dir:FOLDER or hf-hub:NAME") from e
     teacher = teacher.to(device, dtype).eval().requires_grad_(False)
     if args.kd_distill_type != "feature":
-        if faim_heads(teacher) and ":" not in name:
+        # λ = 0: the head was converted from the weights' own classifier, and is not fresh
+        if faim_heads(teacher) and ":" not in name and teacher.faim_cfg["lambda_init"] > 0:
             raise UserError(f"--kd-model-name {name} has pretrained features, but a fresh FAIM head and so no logits "
                             "to learn from. Take a trained one, local-dir:FOLDER, or --kd-distill-type feature")
         if teacher.num_classes != model.num_classes:
