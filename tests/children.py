@@ -91,7 +91,8 @@ def in_group(function, *arguments, processes: int = 2) -> None:
         child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
         child.join()
-    assert [child.exitcode for child in children] == [0] * processes
+    statuses = [child.exitcode for child in children]
+    assert statuses == [0] * processes
 
 
 def _child(argv: list[str], environment: dict[str, str], log: str) -> None:
