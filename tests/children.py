@@ -76,6 +76,7 @@ def _in_group(function, rank: int, processes: int, port: int, arguments: tuple) 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     function(*arguments)
+    torch.distributed.barrier()  # none leaves while another one still talks to it
     torch.distributed.destroy_process_group()
 
 
