@@ -35,7 +35,7 @@ eva02_tiny_patch14_224 efficientvim_m1 gmlp_ti16_224 shvit_s1 vit_tiny_r_s16_p8_
 crossvit_tiny_240 dpn48b resnest14d halonet_h1 visformer_tiny hrnet_w18_small resnetv2_18 legacy_seresnet18
 efficientformer_l1 poolformerv2_s12 skresnet18 gcvit_xxtiny cait_xxs24_224 lowformer_b0
 vitamin_small_224 res2next50 rdnet_tiny mvitv2_tiny tnt_s_legacy_patch16_224 twins_svt_small volo_d1_224
-hiera_tiny_224 sequencer2d_s swin_tiny_patch4_window7_224 davit_tiny swinv2_cr_tiny_224 focalnet_tiny_srf selecsls42
+hiera_tiny_224 nest_tiny sequencer2d_s swin_tiny_patch4_window7_224 davit_tiny swinv2_cr_tiny_224 focalnet_tiny_srf selecsls42
 tresnet_m nextvit_small swinv2_tiny_window8_256 legacy_xception inception_v3 xception41p hieradet_small
 """.split()
 SMALL_BUT_SLOW = """
@@ -107,7 +107,6 @@ def test_real_forward_and_backward(arch):
     assert first.grad is not None and torch.isfinite(first.grad).all()
 
 
-@pytest.mark.slow
 def test_every_model_file_has_a_real_step():
     covered = {timm.models.model_entrypoint(a).__module__ for a in SMALL + SMALL_BUT_SLOW if timm.is_model(a)}
     files = {timm.models.model_entrypoint(a).__module__ for a in ALL}
