@@ -314,6 +314,12 @@ def test_the_folder_opens_in_transformers(hub, client, run):
     from transformers import pipeline
     classify = pipeline("image-classification", model={REPO!r})
     answers = classify(Image.new("RGB", (32, 32), (200, 60, 60)))
-    result = sorted(answer["label"] for answer in answers)
+    from transformers import AutoModelForImageClassification
+    theirs = AutoModelForImageClassification.from_pretrained({REPO!r}).eval()
+    ours = timm.create_model("hf-hub:{REPO}", pretrained=True).eval()
+    images = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    with torch.inference_mode():
+        same = torch.equal(theirs(pixel_values=images).logits, ours(images))
+    result = [sorted(answer["label"] for answer in answers), same]
     """
-    assert client(script) == ["bird", "cat", "dog"]
+    assert client(script) == [["bird", "cat", "dog"], True]
