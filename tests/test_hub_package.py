@@ -105,6 +105,15 @@ def test_a_card_without_numbers(tmp_path):
     assert "metric.png" in card.text  # a head has its metric whether trained or not
 
 
+def test_a_card_of_several_labels_an_image_has_their_metric(tmp_path):
+    saved = save_model(timm.create_model("faim_test_resnet", num_classes=2), tmp_path / "saved")
+    (saved / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_map,eval_samples\n0,1.5,1.2,40.0,7\n"
+                                       "1,1.4,1.1,62.5,7\n2,1.3,1.0,61.0,7\n")
+    build_package(saved, tmp_path / "package", Release("me/plain", "mit"))
+    text = (tmp_path / "package" / "README.md").read_text()
+    assert "| mean average precision | 62.50 % |" in text and "on 7 images" in text
+
+
 def test_a_plain_model_can_be_published_too(tmp_path):
     save_model(timm.create_model("test_resnet", num_classes=2), tmp_path / "saved")
     build_package(tmp_path / "saved", tmp_path / "package", Release("me/plain"))

@@ -246,10 +246,11 @@ def _metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, float
     if path.exists():
         metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
         return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-    scored = [row for row in rows if row.get("eval_top1")]
+    key = "eval_map" if any(row.get("eval_map") for row in rows) else "eval_top1"  # several labels an image, or one
+    scored = [row for row in rows if row.get(key)]
     if not scored:
         return {}
-    best = max(scored, key=lambda row: float(row["eval_top1"]))
+    best = max(scored, key=lambda row: float(row[key]))
     return {key.removeprefix("eval_"): float(value) for key, value in best.items() if key.startswith("eval_") and value}
 
 

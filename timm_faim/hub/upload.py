@@ -1,4 +1,5 @@
 """One commit to the Hub, and every way it can fail as one line that says what to do."""
+import os
 import re
 import time
 from pathlib import Path
@@ -26,9 +27,13 @@ class HubError(UserError):
 
 
 def check_target(repo_id: str) -> None:
-    """Raise `HubError` before a training that could not be published: a wrong name, or no token."""
+    """Raise `HubError` before a training that could not be published: a wrong name, or no token.
+
+    Of the processes of a group only the first one publishes, and needs a token.
+    """
     check_repo_id(repo_id)
-    check_token()
+    if os.environ.get("RANK", "0") == "0":
+        check_token()
 
 
 def check_repo_id(repo_id: str) -> None:
