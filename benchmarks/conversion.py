@@ -13,16 +13,16 @@ KL: mean divergence of the head's softmax from the layer's, whose logits are com
 import argparse
 import copy
 import logging
-import platform
 import sys
 
 import timm
 import torch
+from machine import headline
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.data.readers import add_img_extensions
 from torch import nn
 
-from timm_faim import __version__, agreement, convert, faim_heads, from_linear, to_linear
+from timm_faim import agreement, convert, faim_heads, from_linear, to_linear
 from timm_faim.head.convert import probe_features
 from timm_faim.models.attach import classifier_layers
 
@@ -179,11 +179,9 @@ def main() -> None:
     if bool(args.weights) != bool(args.images):
         parser.error("--weights and --images go together")
     logging.disable(logging.INFO)
-    machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     command = "python benchmarks/conversion.py" + (" --weights FILE --images DIR" if args.weights else "")
     print("# Linear classifiers converted in closed form\n")
-    print(f"{machine}; {versions}, timm_faim {__version__}; command: `{command}`")
+    print(headline(command, cuda=False))
     if args.weights:
         real_images(args.model, args.weights, args.images)
     print(
@@ -198,14 +196,6 @@ def main() -> None:
     for case in ARCHITECTURES:
         architecture(*case)
     print("\nVOLO adds the largest auxiliary logits over the tokens, comparing features: that part is not kept.")
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ time in GPU kernels stands beside the wall time.
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
-import timm
 import torch
+from machine import headline
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, __version__
+from timm_faim import FAIMHead
 
 
 class LiteralHead(FAIMHead):
@@ -162,10 +161,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["tf32", "float32", "bf16"], help="GPU precisions")
     args = parser.parse_args()
     cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     command = f"python benchmarks/head.py {' '.join(sys.argv[1:])}".strip()
-    print(f"{machine}; {versions}, timm_faim {__version__}; command: `{command}`")
+    print(headline(command, cuda=cuda))
     if not cuda:
         table(256, 1000, 768, "cpu", "float32", "eager", args.rounds, list(HEADS))
         return
@@ -176,14 +173,6 @@ def main() -> None:
         table(256, C, 768, "cuda", "tf32", "reduce-overhead", args.rounds, fast)
         if args.eager:
             table(256, C, 768, "cuda", "tf32", "eager", args.rounds, list(HEADS) if C == 1000 else fast)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ wheel; without it that column is left out. The column "faim, stages" runs with t
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,9 +22,9 @@ from types import SimpleNamespace
 import timm
 import torch
 from accelerate import Accelerator
+from machine import headline
 from timm.task import ClassificationTask
 
-import timm_faim
 from timm_faim.training import factories, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.launch import build_accelerator
@@ -240,24 +238,18 @@ def main() -> None:
     bench.channels_last = lambda name: "resnet" in name or "convnext" in name
 
     if bench.scaling:
-        print_machine()
+        print(headline(' '.join(['python', *sys.argv]), torch.cuda.is_available()))
         scaling(bench)
         return
     accelerator = build_accelerator(options(f"faim_{bench.models[0]}", bench))
     if bench.rate_only:
         rate_only(bench, accelerator)
         return
-    print_machine()
+    print(headline(' '.join(['python', *sys.argv]), torch.cuda.is_available()))
     for name in bench.models:
         print_table(name, measure(name, bench, accelerator), bench)
         torch.compiler.reset()
         sys.stdout.flush()
-
-
-def print_machine() -> None:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    print(f"{device}; {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-          f"timm_faim {timm_faim.__version__}\n`{' '.join(['python', *sys.argv])}`")
 
 
 if __name__ == "__main__":
