@@ -242,6 +242,7 @@ def test_a_broken_upload_goes_on_with_what_is_missing(hub, client, tmp_path):
     expected = logits_hash(f"local-dir:{tmp_path / 'big'}")
     assert found[1] == expected and (found[0] == expected or "broken" in found[0])
     assert 206 in [r.status for r in hub.requests if r.path.startswith("/storage/")]
+    assert not any(r.has_authorization for r in hub.requests if r.path.startswith("/storage/"))  # another host
 
 
 def test_two_pushes_at_once_leave_one_whole_model(hub, client, tmp_path):

@@ -4,7 +4,6 @@ It is built whole in a folder of its own, from a run of train_faim.py or any fol
 model.safetensors, and opened with timm before anything is uploaded.
 """
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,6 @@ FILES = (TIMM_NAME, CONFIG, CARD, ARGS, SUMMARY, EVALUATION, CURVE, PICTURE)  # 
 # Options of a run that say where things were on the machine that trained.
 _LOCAL = ("data_dir", "output", "experiment", "config", "class_map", "initial_checkpoint", "pretrained_path", "resume",
           "push_to_hub", "wandb_resume_id")
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
