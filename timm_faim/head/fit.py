@@ -120,6 +120,13 @@ def fit_(head: FAIMHead, features: Tensor, targets: Tensor, shrinkage: float = 0
     return fit_from_statistics_(head, stats, shrinkage)
 
 
+def mean_input(head: FAIMHead, x: Tensor) -> Tensor:
+    """What a head gets for each image as one vector [B, D]: inputs [B, D, H, W] and [B, ..., D] are averaged."""
+    if x.dim() == 4 and x.shape[1] == head.in_features:
+        return x.flatten(2).mean(-1)
+    return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
+
+
 @torch.no_grad()
 def fit_heads(
     model: nn.Module,
@@ -157,11 +164,7 @@ def fit_heads(
             model(images.to(device))
             for name, x in inputs.items():
                 head = heads[name]
-                if x.dim() == 4 and x.shape[1] == head.in_features:
-                    x = x.flatten(2).mean(-1)
-                elif x.dim() > 2:
-                    x = x.flatten(1, -2).mean(1)
-                stats[name].update(head.embed(x), targets.to(x.device))
+                stats[name].update(head.embed(mean_input(head, x)), targets.to(x.device))
     finally:
         for handle in handles:
             handle.remove()

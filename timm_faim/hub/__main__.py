@@ -118,7 +118,7 @@ def _push_all(args: argparse.Namespace) -> int:
                 print(f"{entry.name}: left out, no {args.runs / entry.name}")
                 continue
             with tempfile.TemporaryDirectory() as work:
-                entry = publish_entry(path, args.runs / entry.name, Path(work, "package"), private=args.private)
+                entry = publish_entry(entry, args.runs / entry.name, Path(work, "package"), private=args.private)
             print(f"{entry.name}: published as {entry.hub_id}")
         except (UserError, EntryError) as e:
             failed += 1

@@ -1,5 +1,4 @@
 """Entries of hub_configs/: made from a run, verified against the Hub, filled in once published."""
-import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch import nn
 from timm_faim.hub.package import CONFIG, Release, build_package, open_folder, read_config
 from timm_faim.hub.upload import push
 from timm_faim.models.checkpoint import sha256
-from timm_faim.models.published import Entry, EntryError, read_entry
+from timm_faim.models.config import nearest
+from timm_faim.models.published import INPUT_KEYS, Entry, EntryError, read_entry
 from timm_faim.training.checkpoint import TIMM_NAME
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write
@@ -56,9 +56,7 @@ def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dic
         "num_classes": config["num_classes"], "license": license, "dataset": dataset, "recipe": recipe or None,
         "metrics": {key: round(metrics[key], 4) for key in ("top1", "top5") if key in metrics},
         "model_args": arguments,
-        "pretrained_cfg": {key: cfg[key] for key in ("input_size", "fixed_input_size", "interpolation", "crop_pct",
-                                                     "crop_mode", "mean", "std", "pool_size", "first_conv",
-                                                     "classifier") if key in cfg},
+        "pretrained_cfg": {key: cfg[key] for key in INPUT_KEYS if key in cfg},
         "label_file": f"{name}.labels.txt" if labels else None,
         "probe_logits": probe_logits(open_folder(run)),
     }
@@ -96,8 +94,8 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
     except EntryError as e:
         return Verdict(path.stem, "form", str(e))
     if not timm.is_model(entry.architecture):
-        near = difflib.get_close_matches(entry.architecture, timm.list_models("faim_*"), n=1)
-        return Verdict(entry.name, "form", f"timm_faim has no {entry.architecture}" + (f"; {near[0]}?" if near else ""))
+        near = nearest(entry.architecture, timm.list_models("faim_*"))
+        return Verdict(entry.name, "form", f"timm_faim has no {entry.architecture}" + (f"; {near}?" if near else ""))
     if not entry.revision:
         return Verdict(entry.name, "form; not published")
     if offline:
@@ -116,20 +114,16 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
     return Verdict(entry.name, "form, hash and logits")
 
 
-def publish_entry(path: Path, run: Path, work: Path, *, private: bool | None = None) -> Entry:
-    """Push the run of an entry and fill in its revision and sha256.
+def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None = None) -> Entry:
+    """Push the run of an entry and fill in its revision and sha256; returns the entry as it is then.
 
     Args:
-        path: file of the entry.
+        entry: not yet published.
         run: its run folder.
         work: folder to build in.
         private: of a repository that is made.
     """
-    try:
-        entry = read_entry(path)
-    except EntryError as e:
-        raise UserError(str(e)) from e
-    config = read_config(run)
+    path, config = entry.path, read_config(run)
     if config["architecture"] != entry.architecture or config["num_classes"] != entry.num_classes:
         raise UserError(f"{run / CONFIG} is a {config['architecture']} of {config['num_classes']} classes, {path} says "
                         f"{entry.architecture} of {entry.num_classes}")

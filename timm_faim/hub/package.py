@@ -101,7 +101,6 @@ def _build(run: Path, folder: Path, release: Release) -> nn.Module:
             cfg[key] = value
     if release.label_descriptions:
         config["label_descriptions"] = dict(release.label_descriptions)
-    _check(run, config)
 
     weights = _weights(run)
     folder.mkdir()
@@ -110,11 +109,11 @@ def _build(run: Path, folder: Path, release: Release) -> nn.Module:
     args = _options(run)
     if args:
         (folder / ARGS).write_text(yaml.safe_dump(_portable(args), sort_keys=False), encoding="utf-8")
-    for source, name in ((run / SUMMARY, SUMMARY), (run / "eval" / EVALUATION, EVALUATION), (run / CURVE, CURVE)):
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-    if (folder / EVALUATION).exists():
-        _forget_paths(folder / EVALUATION)
+    for name in (SUMMARY, CURVE):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    if (run / "eval" / EVALUATION).is_file():
+        _copy_without_paths(run / "eval" / EVALUATION, folder / EVALUATION)
 
     model = open_folder(folder)
     rows = read_summary(folder / SUMMARY)
@@ -219,10 +218,10 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and (value.startswith(("/", "~", "local-dir:")) or ":\\" in value)
 
 
-def _forget_paths(path: Path) -> None:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({k: v for k, v in facts.items() if not _is_path(v) and k != "weights"}, indent=2) + "\n",
-                    encoding="utf-8")
+def _copy_without_paths(source: Path, path: Path) -> None:
+    facts = json.loads(source.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in facts.items() if not _is_path(value) and key != "weights"}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _dataset_of(args: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """One commit to the Hub, and every way it can fail as one line that says what to do."""
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from huggingface_hub.errors import (
 )
 
 from timm_faim.hub.package import FILES
+from timm_faim.models.published import REPO_ID
 from timm_faim.training.errors import UserError
 from timm_faim.version import __version__
 
 TRIES = 3  # of a commit that another one has overtaken
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class HubError(UserError):
@@ -38,7 +37,7 @@ def check_target(repo_id: str) -> None:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise `HubError` unless a name has the form ORG/NAME."""
-    if not _REPO.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
+    if not REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
         raise HubError(f"{repo_id!r} is no name of a repository. Give ORG/NAME, for example me/faim_resnet50.my_data")
 
 

@@ -2,13 +2,18 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from timm_faim.head import FAIMHead
 
 PREFIX = "faim_"  # of the twins' names
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
+
+
+def nearest(name: str, known: Iterable[str]) -> Optional[str]:
+    """The known name that comes nearest to a wrong one; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def head_options() -> dict[str, Any]:
@@ -31,8 +36,8 @@ def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
         raise TypeError(f"faim_cfg must be a dict of head options, got {type(faim_cfg).__name__}")
     for key, value in faim_cfg.items():
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(key, options)
+            hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
         options[key] = _checked(key, value, options[key])
     return options

@@ -5,7 +5,6 @@ images look like. The repositories belong to one organisation, ``TIMM_FAIM_HUB_O
 ``TIMM_FAIM_HUB_CONFIGS`` names a further folder of entries.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -17,14 +16,15 @@ from typing import Any, Optional
 
 from timm.models import PretrainedCfg
 
+from .config import PREFIX, nearest
+
 ORGANISATION, FOLDERS = "TIMM_FAIM_HUB_ORG", "TIMM_FAIM_HUB_CONFIGS"
 _PACKAGE = Path(__file__).parents[1]
-_INPUT = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "pool_size",
+INPUT_KEYS = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "pool_size",
           "first_conv", "classifier")  # what an entry's pretrained_cfg may say
 _NAME = re.compile(r"[a-z0-9_]+")
 _TAG = re.compile(r"[A-Za-z0-9_-]+")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Entry:
     recipe: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     label_file: Optional[str] = None  # beside the entry, one name a line
-    probe_logits: list[float] = field(default_factory=list)  # see `timm_faim.hub.check`
+    probe_logits: list[float] = field(default_factory=list)  # see `timm_faim.hub.entries`
 
     def __post_init__(self) -> None:
         self._check()
@@ -88,7 +88,7 @@ class Entry:
                 self._refuse(key, f"must be {kind.__name__}, got {value!r}")
         for key, pattern, form in (
             ("architecture", _NAME, "faim_ and an architecture of timm"), ("tag", _TAG, "letters, digits, - and _"),
-            ("repo_id", _REPO, "ORG/NAME"), ("revision", re.compile(r"[0-9a-f]{40}"), "a commit of 40 hex digits"),
+            ("repo_id", REPO_ID, "ORG/NAME"), ("revision", re.compile(r"[0-9a-f]{40}"), "a commit of 40 hex digits"),
             ("sha256", re.compile(r"[0-9a-f]{64}"), "64 hex digits"),
         ):
             value = getattr(self, key)
@@ -97,15 +97,16 @@ class Entry:
         for key, values in (("probe_logits", self.probe_logits), ("metrics", self.metrics.values())):
             if not all(isinstance(value, (int, float)) for value in values):
                 self._refuse(key, f"must hold numbers, got {list(values)}")
-        if not self.architecture.startswith("faim_"):
-            self._refuse("architecture", f"must begin with faim_, got {self.architecture!r}")
+        if not self.architecture.startswith(PREFIX):
+            self._refuse("architecture", f"must begin with {PREFIX}, got {self.architecture!r}")
         if bool(self.revision) != bool(self.sha256):
             self._refuse("revision", "and sha256 belong together: give both, or none before the first publication")
         if self.num_classes < 1:
             self._refuse("num_classes", f"must be at least 1, got {self.num_classes}")
         for key in self.pretrained_cfg:
-            if key not in _INPUT:
-                self._refuse(f"pretrained_cfg.{key}", f"is not known.{_near(key, _INPUT)} Known: {', '.join(_INPUT)}")
+            if key not in INPUT_KEYS:
+                self._refuse(f"pretrained_cfg.{key}",
+                             f"is not known.{_near(key, INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}")
         if self.label_file is not None:
             if Path(self.label_file).name != self.label_file or self.label_file.startswith("."):
                 self._refuse("label_file", f"must be the name of a file beside the entry, got {self.label_file!r}")
@@ -176,5 +177,5 @@ def published() -> dict[str, dict[str, Entry]]:
 
 
 def _near(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(key, known)
+    return f" Did you mean {near!r}?" if near else ""

@@ -1,13 +1,12 @@
 """What a saved or downloaded config.json says, checked before anything is built from it."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Optional
 
 import timm
 from timm.models import PretrainedCfg
 
-from .config import resolve_faim_cfg
+from .config import nearest, resolve_faim_cfg
 
 SOURCES = ("hf-hub", "local-dir")  # of configs that came with their weights
 _LARGEST, _LONGEST, _DEEPEST = 1_000_000, 100_000, 8
@@ -58,8 +57,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: {key} must be {kind.__name__}, got {config.get(key)!r}")
     name, arguments = config["architecture"], dict(config.get("model_args") or {})
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, timm.list_models())
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"config.json: unknown architecture {name!r}{hint}")
     resolve_faim_cfg(arguments.pop("faim_cfg", None))
     try:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import UserError
+from timm_faim.training.gather import gather_rows
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 MOST_CONFUSED = 50  # rows of most_confused.csv
@@ -184,7 +185,7 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
     slowest = float(rates[:, 1].max())
     integers, numbers = torch.cat(whole), torch.cat(real)
     integers[:, 0] = integers[:, 0] * accelerator.num_processes + accelerator.process_index
-    integers, numbers = (_gather_rows(rows, accelerator) for rows in (integers, numbers))
+    integers, numbers = (gather_rows(rows, accelerator).cpu().numpy() for rows in (integers, numbers))
     order = np.argsort(integers[:, 0], kind="stable")
     if args.skip_unreadable:
         order = order[integers[order, 1] != UNREADABLE]
@@ -210,14 +211,6 @@ def _judge(logits: torch.Tensor, target: torch.Tensor, first: int) -> tuple[torc
     confidence = (best[:, 0] - logits.logsumexp(1)).exp().clamp(max=1.0)
     margin = best[:, 0] - best[:, min(1, best.shape[1] - 1)]
     return torch.stack([place, target, classes[:, 0], hit.long()], 1), torch.stack([confidence, loss, margin], 1)
-
-
-def _gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> np.ndarray:
-    """The rows of all processes, whose numbers may differ."""
-    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padded = accelerator.gather(accelerator.pad_across_processes(rows.contiguous()))
-    shards = padded.split(max(counts)) if max(counts) else [padded]
-    return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)]).cpu().numpy()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from timm.task import evaluation_sample_limit
 from tqdm import tqdm
 
 from timm_faim.training.errors import UserError
+from timm_faim.training.gather import gather_rows
 from timm_faim.training.sampling import TrainingOrder
 
 
@@ -113,7 +114,7 @@ def cache_features(
     if args.cache_views:
         views = [_embed(model, classifier, train_order.batches(view), len(train_order), accelerator, args)
                  for view in range(args.cache_views)]
-        features, target = (_gather(torch.cat(parts), accelerator) for parts in zip(*views, strict=True))
+        features, target = (gather_rows(torch.cat(parts), accelerator) for parts in zip(*views, strict=True))
     else:
         features, target = _embed(model, classifier, clean_loader, len(clean_loader), accelerator, args)
     order = FeatureOrder(FeatureLoader(features, target, args.batch_size, accelerator, True), args.seed)
@@ -121,7 +122,7 @@ def cache_features(
         return order, None
     features, target = _embed(model, classifier, val_loader, len(val_loader), accelerator, args)
     limit = evaluation_sample_limit(val_loader)
-    features, target = (_gather(t[:limit], accelerator) for t in (features, target))
+    features, target = (gather_rows(t[:limit], accelerator) for t in (features, target))
     batch_size = args.validation_batch_size or args.batch_size
     return order, FeatureLoader(features, target, batch_size, accelerator, False)
 
@@ -154,13 +155,3 @@ def _inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def _gather(part: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """The rows of all processes, whose numbers may differ, padded for the exchange."""
-    if accelerator.num_processes == 1:
-        return part
-    counts = accelerator.gather(torch.tensor([len(part)], device=part.device))
-    padded = accelerator.pad_across_processes(part)
-    rows = accelerator.gather(padded).chunk(accelerator.num_processes)
-    return torch.cat([chunk[:count] for chunk, count in zip(rows, counts.tolist(), strict=True)])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from timm_faim import FAIMHead, faim_heads
+from timm_faim.head.fit import mean_input
 
 BATCH = 64
 
@@ -95,10 +96,7 @@ def head_features(
             model(images.to(device))
             classes.append(target)
             for name, x in inputs.items():
-                if x.dim() == 4 and x.shape[1] == heads[name].in_features:
-                    x = x.flatten(2).mean(-1)
-                elif x.dim() > 2:
-                    x = x.flatten(1, -2).mean(1)
+                x = mean_input(heads[name], x)
                 kept.setdefault(name, []).append(heads[name].embed(x.cpu().double()))
     finally:
         for handle in handles:
