@@ -17,13 +17,19 @@ from .head import (
     set_damping,
     to_linear,
 )
+from .losses import FAIMInfoNCELoss, FAIMMarginLoss, FAIMNPairLoss, FAIMTripletLoss
 from .metric import FAIMMetric, faim_distance
 from .models import convert, head_options, register_twins
 from .version import __version__
 
 __all__ = [
+    "FAIMDistance",
     "FAIMHead",
+    "FAIMInfoNCELoss",
+    "FAIMMarginLoss",
     "FAIMMetric",
+    "FAIMNPairLoss",
+    "FAIMTripletLoss",
     "TargetMargin",
     "__version__",
     "agreement",
@@ -39,3 +45,11 @@ __all__ = [
 ]
 
 register_twins()
+
+
+def __getattr__(name: str) -> object:
+    if name == "FAIMDistance":  # on demand: needs pytorch-metric-learning, which is optional and slow to import
+        from .losses.distance import FAIMDistance
+
+        return FAIMDistance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

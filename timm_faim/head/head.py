@@ -104,7 +104,7 @@ class FAIMHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters as ``init`` says; uses no values of tensors (works on the meta device)."""
-        D, lmbda = self.in_features, self.metric.lambda_init
+        D = self.in_features
         nn.init.constant_(self.scale, self.scale_init)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
@@ -112,13 +112,10 @@ class FAIMHead(nn.Module):
             nn.init.normal_(self.mu)
             self.metric.reset_parameters(beta_std=1.0)
             return
-        # Σ = σ I and β ~ N(0, σ/D): d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
         # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On the
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
         nn.init.normal_(self.mu, std=1.0 / math.sqrt(D) if self.normalize else 1.0)
-        squared = 2.0 if self.normalize else 2.0 * D  # E|x - μ|²
-        one_form = 1.0 + lmbda * math.sqrt(2.0 / (math.pi * D))
-        self.metric.reset_parameters(sigma=1.0 / (squared * one_form**2))
+        self.metric.reset_to_unit_distance(2.0 if self.normalize else 2.0 * D)
 
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (normalised: for any)."""

@@ -92,6 +92,12 @@ class FAIMMetric(nn.Module):
             nn.init.constant_(self.lmbda, self.lambda_init)
             self.damping.fill_(self.damping_value)  # not in the state dict: set here after to_empty()
 
+    def reset_to_unit_distance(self, squared: float) -> None:
+        """Reset with Σ = σ I, β ~ N(0, σ/D), such that E d_F(x, y) is about 1 for points with E|x - y|² = squared."""
+        # d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
+        one_form = 1.0 + self.lambda_init * math.sqrt(2.0 / (math.pi * self.in_features))
+        self.reset_parameters(sigma=1.0 / (squared * one_form**2))
+
     @torch.jit.ignore
     def set_damping(self, value: float) -> None:
         """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed |β'v| by 2."""

@@ -1,0 +1,197 @@
+"""What the losses share: their metric, the checks of their input, references, and the mean over what counts."""
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from timm_faim.metric import FAIMMetric, inverse_norms
+
+from .pairs import BLOCK, Pairs, blockwise_sum, mined_masks
+from .processes import gather_all, gather_with_gradient, mean_over_processes, rank, world_size
+
+
+class MetricHolder:
+    """A metric that is shared, and then no submodule, or owned."""
+
+    def hold_metric(self, metric: Optional[FAIMMetric], in_features: Optional[int], normalize: bool) -> None:
+        """Share ``metric``, or own a new one of width ``in_features`` under which random points are about 1 apart.
+
+        Raises:
+            ValueError: both or none of the two.
+            TypeError: ``metric`` is no FAIMMetric.
+        """
+        name = type(self).__name__
+        if (metric is None) == (in_features is None):
+            raise ValueError(f"{name} takes metric=head.metric to share a metric, or in_features=D to own one; got "
+                             f"{'neither' if metric is None else 'both'}")
+        if metric is None:
+            metric = FAIMMetric(in_features)
+            metric.reset_to_unit_distance(2.0 if normalize else 2.0 * in_features)
+            self.owned_metric = metric
+        elif not isinstance(metric, FAIMMetric):
+            raise TypeError(f"metric must be a FAIMMetric, such as head.metric, got {type(metric).__name__}")
+        self._metric = (metric,)  # in a tuple: not registered as a submodule
+
+    @property
+    def metric(self) -> FAIMMetric:
+        """The metric, shared or owned."""
+        return self._metric[0]
+
+
+class FAIMLoss(MetricHolder, nn.Module):
+    """Base of the losses on pairs of embeddings, called as ``loss(embeddings, labels)``.
+
+    Args:
+        metric: a metric to share, for example ``head.metric``; the loss then has no parameters of its own.
+        in_features: D, to own a new metric instead.
+        normalize: L2-normalise embeddings first; say what the head says (``head.normalize``).
+        reducer: None for the mean described at each loss, or a reducer of pytorch-metric-learning, which gets one loss
+            per anchor ("element").
+        cross_rank: compare with the embeddings of all processes, gradients included. Their batches must be equal in
+            size; the loss is that of one process with all batches once gradients (and losses) are averaged.
+    """
+
+    def __init__(
+        self,
+        metric: Optional[FAIMMetric] = None,
+        in_features: Optional[int] = None,
+        *,
+        normalize: bool = False,
+        reducer: Optional[Callable] = None,
+        cross_rank: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hold_metric(metric, in_features, normalize)
+        self.normalize = normalize
+        self.reducer = reducer
+        self.cross_rank = cross_rank
+        self._checked = False
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Optional[Tensor] = None,
+        indices_tuple: Optional[Sequence[Tensor]] = None,
+        ref_emb: Optional[Tensor] = None,
+        ref_labels: Optional[Tensor] = None,
+    ) -> Tensor:
+        """The loss, a scalar (what the reducer makes of it, with one); arguments as in pytorch-metric-learning.
+
+        Args:
+            embeddings: [B, D]: queries, the first argument of d_F (which matters for a Randers metric).
+            labels: class indices [B].
+            indices_tuple: pairs or triplets of a miner instead of all that the labels give.
+            ref_emb: references [N, D] to compare with, the second argument of d_F; None for the embeddings.
+            ref_labels: [N], with ``ref_emb``.
+
+        Without any positive (or, for triplets, any triplet) the loss is 0, with gradients of 0.
+
+        Raises:
+            ValueError: wrong shapes, labels that are no integers, embeddings that are not finite (looked for in every
+                call on the CPU and in the first one elsewhere, where looking waits for the device; after that a NaN
+                goes on into the loss).
+        """
+        self.check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        x_BD = self.embed(embeddings)
+        is_own = ref_emb is None or ref_emb is embeddings
+        y_ND = x_BD if is_own else self.embed(ref_emb)
+        ref_labels = labels if is_own else ref_labels
+        own: Optional[int] = 0 if is_own else None
+        is_gathered = self.cross_rank and world_size() > 1
+        if is_gathered:
+            y_ND = gather_with_gradient(y_ND)
+            ref_labels = None if ref_labels is None else gather_all(ref_labels)
+            own = len(x_BD) * rank() if is_own else None
+        masks = None if indices_tuple is None else mined_masks(indices_tuple, len(x_BD), len(y_ND))
+        pairs = Pairs(labels, ref_labels, own, masks)
+
+        def rows(x: Tensor, y: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return self.row_losses(self.distances(x, y), *pairs.block(start, stop))
+
+        whole = len(x_BD) * len(y_ND) <= BLOCK or torch.compiler.is_compiling()
+        if whole or self.reducer is not None:
+            losses_B, counts_B = rows(x_BD, y_ND, 0, len(x_BD))
+            if self.reducer is not None:
+                return self._reduced(losses_B / counts_B.clamp_min(1), embeddings, labels)
+            total, count = losses_B.sum(), counts_B.sum()
+        else:
+            total, count = blockwise_sum(rows, x_BD, y_ND, list(self.metric.parameters()))
+        if is_gathered:
+            count = mean_over_processes(count)
+        return total / torch.where(count > 0, count, torch.ones_like(count))
+
+    def row_losses(self, distance_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of each anchor [b], and over how many terms the mean counts it [b] (the same dtype).
+
+        ``distance_bN`` is what :meth:`distances` gives.
+        """
+        raise NotImplementedError
+
+    def distances(self, x_BD: Tensor, y_ND: Tensor) -> Tensor:
+        """d_F(x, y) [B, N]."""
+        return self.metric(x_BD, y_ND)
+
+    def embed(self, embeddings: Tensor) -> Tensor:
+        """Embeddings as the metric sees them, in at least float32."""
+        x_BD = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return x_BD * inverse_norms(x_BD).unsqueeze(-1) if self.normalize else x_BD
+
+    def check(
+        self,
+        embeddings: Tensor,
+        labels: Optional[Tensor],
+        indices_tuple: Optional[Sequence[Tensor]],
+        ref_emb: Optional[Tensor],
+        ref_labels: Optional[Tensor],
+    ) -> None:
+        """Raise ValueError for input that :meth:`forward` does not take."""
+        if labels is None and indices_tuple is None:
+            raise ValueError("labels (or indices_tuple) are needed to tell positives from negatives")
+        if ref_labels is not None and ref_emb is None:
+            raise ValueError("ref_labels are given without ref_emb, the embeddings they belong to")
+        if ref_emb is not None and ref_emb is not embeddings and ref_labels is None and indices_tuple is None:
+            raise ValueError("ref_emb needs ref_labels [N], the classes of the references")
+        look = embeddings.device.type == "cpu" or not self._checked
+        for name, points, classes in (("embeddings", embeddings, labels), ("ref_emb", ref_emb, ref_labels)):
+            if points is None:
+                continue
+            width = self.metric.in_features
+            if points.dim() != 2 or points.shape[1] != width:
+                raise ValueError(f"{name} must be [B, {width}], the width of the metric, got {list(points.shape)}")
+            check_labels(classes, len(points), "labels" if points is embeddings else "ref_labels")
+            if look and not torch.compiler.is_compiling() and not (finite := torch.isfinite(points).all(1)).all():
+                rows = (~finite).nonzero().flatten().tolist()
+                raise ValueError(f"{name} are not finite in {len(rows)} of {len(points)} rows (first: row {rows[0]}). "
+                                 "Lower the learning rate or clip gradients, or look for broken input")
+        self._checked = True
+
+    def _reduced(self, losses_B: Tensor, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
+        indices = torch.arange(len(losses_B), device=losses_B.device)
+        element = {"losses": losses_B, "indices": indices, "reduction_type": "element"}
+        return self.reducer({"loss": element}, embeddings, labels)
+
+    def extra_repr(self) -> str:
+        return f"{self.metric.in_features}, normalize={self.normalize}, cross_rank={self.cross_rank}"
+
+
+def check_labels(labels: Optional[Tensor], count: int, name: str = "labels") -> None:
+    """Raise ValueError for class labels that are not integers [count]; None passes."""
+    if labels is None:
+        return
+    if labels.shape != (count,):
+        raise ValueError(f"{name} must be class indices [{count}], one per embedding, got shape {list(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {labels.dtype}; mixed (soft) labels have no positives")
+
+
+def check_positive(value: float, name: str) -> float:
+    """The number, if it is finite and > 0.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (value > 0 and value < float("inf")):
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+    return float(value)

@@ -1,0 +1,88 @@
+"""FAIMDistance: d_F for the losses, miners, reducers and testers of pytorch-metric-learning."""
+
+from functools import wraps
+from typing import Any, Optional
+
+from torch import Tensor
+
+from timm_faim.metric import FAIMMetric
+
+from .base import MetricHolder
+
+try:
+    from pytorch_metric_learning.distances import BaseDistance
+    from pytorch_metric_learning.utils import common_functions
+except ImportError as e:
+    raise ImportError("FAIMDistance needs pytorch-metric-learning: pip install 'timm-faim[metric]'") from e
+
+# What to use where a loss or miner of the library has its own distance built in.
+INSTEAD = {
+    "AngularLoss": "FAIMTripletLoss", "AngularMiner": "TripletMarginMiner", "CircleLoss": "FAIMInfoNCELoss",
+    "ArcFaceLoss": "FAIMMarginLoss", "CosFaceLoss": "FAIMMarginLoss", "SphereFaceLoss": "FAIMMarginLoss",
+    "LargeMarginSoftmaxLoss": "FAIMMarginLoss", "SubCenterArcFaceLoss": "FAIMMarginLoss",
+    "InstanceLoss": "FAIMMarginLoss", "TupletMarginLoss": "FAIMNPairLoss",
+    "DistanceWeightedMiner": "BatchHardMiner or MultiSimilarityMiner",
+    "DynamicSoftMarginLoss": "FAIMTripletLoss(soft_margin=True)", "FastAPLoss": "FAIMInfoNCELoss",
+    "SmoothAPLoss": "FAIMInfoNCELoss", "PNPLoss": "FAIMInfoNCELoss",
+    "ThresholdConsistentMarginLoss": "ContrastiveLoss", "SignalToNoiseRatioContrastiveLoss": "ContrastiveLoss",
+}
+
+
+class FAIMDistance(MetricHolder, BaseDistance):
+    """d_F as a distance of pytorch-metric-learning.
+
+    For a Randers metric the order matters: mat[i, j] = d_F(query_i, reference_j) = F(query_i - reference_j).
+
+    Args:
+        metric: a metric to share, for example ``head.metric``; the distance then has no parameters of its own.
+        in_features: D, to own a new metric instead.
+        normalize_embeddings: L2-normalise first; off, other than in that library: say what the head says
+            (``head.normalize``).
+        **options: those of BaseDistance (power, collect_stats).
+
+    Raises:
+        ImportError: on import, without the optional package.
+        ValueError: both or none of ``metric`` and ``in_features``; on call, embeddings of another width.
+    """
+
+    def __init__(
+        self,
+        metric: Optional[FAIMMetric] = None,
+        in_features: Optional[int] = None,
+        *,
+        normalize_embeddings: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(normalize_embeddings=normalize_embeddings, **options)
+        if self.is_inverted:
+            raise ValueError("is_inverted must be False: d_F is a distance, smaller is more similar")
+        self.hold_metric(metric, in_features, normalize_embeddings)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Optional[Tensor]) -> Tensor:
+        """d_F(query, reference) [B, N] of queries [B, D] and references [N, D] (None: the queries)."""
+        return self.metric(query_emb, query_emb if ref_emb is None else ref_emb)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """d_F(query_i, reference_i) [B] of paired rows [B, D]."""
+        return self.metric.norm(query_emb - ref_emb)
+
+
+def _name_what_to_use(check: Any) -> Any:
+    """Add to the library's refusal of a FAIMDistance what to use instead."""
+
+    @wraps(check)
+    def checked(obj: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            check(obj, *args, **kwargs)
+        except AssertionError as e:
+            instead = next((INSTEAD[c.__name__] for c in type(obj).__mro__ if c.__name__ in INSTEAD), None)
+            if isinstance(obj.distance, FAIMDistance) and instead:
+                raise AssertionError(f"{e}, not FAIMDistance. Use {instead} instead") from e
+            raise
+
+    checked.names_faim = True
+    return checked
+
+
+if not hasattr(common_functions.assert_distance_type, "names_faim"):
+    common_functions.assert_distance_type = _name_what_to_use(common_functions.assert_distance_type)
