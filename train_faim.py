@@ -22,6 +22,7 @@ from timm_faim import faim_heads, hub
 from timm_faim.training import factories, reports, tasks
 from timm_faim.training.args import as_recipe, parse_args
 from timm_faim.training.checkpoint import BEST, restore_best, save_config
+from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
 from timm_faim.training.epochs import train_epochs
 from timm_faim.training.errors import RankError, UserError, is_lost_process, report, resource_advice
@@ -67,7 +68,8 @@ def train_with(args: argparse.Namespace) -> None:
         reports.evaluate_only(args, model, data, val_loader, data_config["input_size"][-1], accelerator, log)
         return
 
-    order = TrainingOrder(train_loader, args.seed, accelerator.process_index)
+    order = TrainingOrder(train_loader, args.seed, accelerator.process_index,
+                          build_class_sampler(args, data, accelerator))
     frozen = apply_freeze(args, model)
     part, val_batches = model, val_loader
     if args.head_init == "data" and faim_heads(model):

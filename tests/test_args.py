@@ -128,11 +128,14 @@ MANY = """--data-dir d --model faim_resnet18 --faim-cfg margin=0.1 init=seed --s
     --task-loss-weight 0.3 --log-with tensorboard --project-name p --train-interpolation= --split-bn --resplit
     --torchcompile --torchcompile-mode reduce-overhead --model-dtype bfloat16 --eval-metric loss --gp max --fast-norm
     --pretrained-path w.pt --train-crop-mode rkrc --recovery-interval 7 --checkpoint-hist 2 --val-interval 3 --dry-run
-    --remode const --decay-milestones 1 2 --sched multistep --smoothing 0.2 --drop-block 0.1 --bn-eps 1e-3""".split()
+    --remode const --decay-milestones 1 2 --sched multistep --smoothing 0.2 --drop-block 0.1 --bn-eps 1e-3
+    --samples-per-class 3""".split()
 
 
 @pytest.mark.parametrize("argv", [
-    MANY, ["--mixup", "0.2", "--model-kwargs", "act_layer=gelu", "--lr", "3e-4", "--amp", "--seed", "0"]])
+    MANY, "--data-dir d --model faim_resnet18 --contrastive infonce:0.1 triplet --views 2 --stages 0 1 "
+          "--contrastive-stages 0 0.5 1 --contrastive-temperature 0.05 --contrastive-margin 0.3".split(),
+    ["--mixup", "0.2", "--model-kwargs", "act_layer=gelu", "--lr", "3e-4", "--amp", "--seed", "0"]])
 def test_every_option_survives_a_recipe(tmp_path, argv):
     args = parse_args(argv)
     path = tmp_path / "args.yaml"
@@ -278,15 +281,30 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--aug-repeats 3 --dataset wds/", "--aug-repeats does not go with streamed data"),
     ("--aug-splits 2 --dataset hfids/x", "--aug-splits does not go with streamed data"),
     ("--wandb-project p", "--wandb-project needs --log-wandb"),
+    ("--views 2 --aug-splits 2", "--views and --aug-splits exclude each other"),
+    ("--views 2 --mixup 0.2", "--views does not go with --mixup and --cutmix"),
+    ("--samples-per-class 2 --dataset wds/", "--samples-per-class does not go with streamed data"),
+    ("--samples-per-class 2 --aug-repeats 3", "--samples-per-class and --aug-repeats exclude each other"),
+    ("--contrastive supcon", "needs several images of a class in a batch: give --samples-per-class 4, or --views 2"),
+    ("--contrastive supcon --views 2 --kd-model-name x", "--contrastive does not go with --kd-model-name"),
+    ("--contrastive supcon --samples-per-class 2 --mixup 0.2", "--contrastive does not go with --mixup and --cutmix"),
+    ("--contrastive supcon --views 2 --fsdp", "--contrastive does not go with --fsdp"),
+    ("--contrastive supcon --views 2 --contrastive-stages 0 1 1", "--contrastive-stages needs --contrastive and"),
+    ("--contrastive-stages 0 1 1 --stages 1 1", "--contrastive-stages needs --contrastive and --stages"),
+    ("--contrastive supcon --views 2 --stages 1 1 --contrastive-stages 0 -1 1", "--contrastive-stages must not be neg"),
+    ("--contrastive suppcon --views 2", "Did you mean supcon"),
+    ("--views 0", "--views must be at least 1"),
+    ("--contrastive-temperature 0", "--contrastive-temperature must be greater than 0"),
+    ("--contrastive-margin -1", "--contrastive-margin must be greater than 0"),
 ])
 def test_options_that_do_not_go(argv, message):
     with pytest.raises(UserError, match=message) as raised:
-        parse_args(["--data-dir", "d", "--model", "resnet18", *argv.split()])
+        parse_args(["--data-dir", "d", "--model", "faim_resnet18", *argv.split()])
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("flag", ["--stages 1 2", "--freeze-gamma", "--lr-scale-metric 2", "--lr-scale-scalars 2",
-                                  "--lr-scale-lambda 2"])
+                                  "--lr-scale-lambda 2", "--contrastive supcon", "--samples-per-class 2"])
 def test_options_of_faim_models_on_a_plain_one(recipe, flag):
     with pytest.raises(UserError, match=f"{flag.split()[0]} is for FAIM models"):
         parse_args(["--data-dir", "d", "--model", "resnet18", *flag.split()])

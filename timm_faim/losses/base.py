@@ -51,6 +51,7 @@ class FAIMLoss(MetricHolder, nn.Module):
             per anchor ("element").
         cross_rank: compare with the embeddings of all processes, gradients included. Their batches must be equal in
             size; the loss is that of one process with all batches once gradients (and losses) are averaged.
+        check_finite: look for embeddings that are not finite; off where the caller looks at the loss itself.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class FAIMLoss(MetricHolder, nn.Module):
         normalize: bool = False,
         reducer: Optional[Callable] = None,
         cross_rank: bool = False,
+        check_finite: bool = True,
     ) -> None:
         super().__init__()
         self.hold_metric(metric, in_features, normalize)
         self.normalize = normalize
         self.reducer = reducer
         self.cross_rank = cross_rank
+        self.check_finite = check_finite
         self._checked = False
 
     def forward(
@@ -82,7 +85,8 @@ class FAIMLoss(MetricHolder, nn.Module):
         Args:
             embeddings: [B, D]: queries, the first argument of d_F (which matters for a Randers metric).
             labels: class indices [B].
-            indices_tuple: pairs or triplets of a miner instead of all that the labels give.
+            indices_tuple: pairs or triplets of a miner instead of all that the labels give; with ``cross_rank`` still
+                of this process alone.
             ref_emb: references [N, D] to compare with, the second argument of d_F; None for the embeddings.
             ref_labels: [N], with ``ref_emb``.
 
@@ -99,8 +103,7 @@ class FAIMLoss(MetricHolder, nn.Module):
         y_ND = x_BD if is_own else self.embed(ref_emb)
         ref_labels = labels if is_own else ref_labels
         own: Optional[int] = 0 if is_own else None
-        is_gathered = self.cross_rank and world_size() > 1
-        if is_gathered:
+        if self.is_gathered() and indices_tuple is None:  # a miner's indices count the rows of this process
             y_ND = gather_with_gradient(y_ND)
             ref_labels = None if ref_labels is None else gather_all(ref_labels)
             own = len(x_BD) * rank() if is_own else None
@@ -113,14 +116,8 @@ class FAIMLoss(MetricHolder, nn.Module):
         whole = len(x_BD) * len(y_ND) <= BLOCK or torch.compiler.is_compiling()
         if whole or self.reducer is not None:
             losses_B, counts_B = rows(x_BD, y_ND, 0, len(x_BD))
-            if self.reducer is not None:
-                return self._reduced(losses_B / counts_B.clamp_min(1), embeddings, labels)
-            total, count = losses_B.sum(), counts_B.sum()
-        else:
-            total, count = blockwise_sum(rows, x_BD, y_ND, list(self.metric.parameters()))
-        if is_gathered:
-            count = mean_over_processes(count)
-        return total / torch.where(count > 0, count, torch.ones_like(count))
+            return self.reduce(losses_B, counts_B, embeddings, labels)
+        return self._mean(*blockwise_sum(rows, x_BD, y_ND, list(self.metric.parameters())))
 
     def row_losses(self, distance_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses of each anchor [b], and over how many terms the mean counts it [b] (the same dtype).
@@ -153,7 +150,7 @@ class FAIMLoss(MetricHolder, nn.Module):
             raise ValueError("ref_labels are given without ref_emb, the embeddings they belong to")
         if ref_emb is not None and ref_emb is not embeddings and ref_labels is None and indices_tuple is None:
             raise ValueError("ref_emb needs ref_labels [N], the classes of the references")
-        look = embeddings.device.type == "cpu" or not self._checked
+        look = self.check_finite and (embeddings.device.type == "cpu" or not self._checked)
         for name, points, classes in (("embeddings", embeddings, labels), ("ref_emb", ref_emb, ref_labels)):
             if points is None:
                 continue
@@ -166,6 +163,21 @@ class FAIMLoss(MetricHolder, nn.Module):
                 raise ValueError(f"{name} are not finite in {len(rows)} of {len(points)} rows (first: row {rows[0]}). "
                                  "Lower the learning rate or clip gradients, or look for broken input")
         self._checked = True
+
+    def is_gathered(self) -> bool:
+        """Whether other processes take part."""
+        return self.cross_rank and world_size() > 1
+
+    def reduce(self, losses_B: Tensor, counts_B: Tensor, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
+        """The mean of what :meth:`row_losses` gives, or what the reducer makes of each anchor's mean."""
+        if self.reducer is not None:
+            return self._reduced(losses_B / counts_B.clamp_min(1), embeddings, labels)
+        return self._mean(losses_B.sum(), counts_B.sum())
+
+    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
+        if self.is_gathered():
+            count = mean_over_processes(count)
+        return total / torch.where(count > 0, count, torch.ones_like(count))
 
     def _reduced(self, losses_B: Tensor, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
         indices = torch.arange(len(losses_B), device=losses_B.device)

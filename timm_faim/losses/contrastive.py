@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from .base import FAIMLoss, check_positive
-from .processes import gather_all, gather_with_gradient, mean_over_processes, rank, world_size
+from .processes import gather_all, gather_with_gradient, rank, world_size
 
 _FORMS = ("ntxent", "supcon")
 
@@ -45,8 +45,7 @@ class FAIMInfoNCELoss(FAIMLoss):
 
     def distances(self, x_BD: Tensor, y_ND: Tensor) -> Tensor:
         """The logits -d_F(x, y) / τ [B, N], in one node with the distance."""
-        scale = torch.full_like(self.metric.lmbda, -1.0 / self.temperature, requires_grad=False)
-        return self.metric.scaled_distance(x_BD, y_ND, scale)
+        return self.metric.scaled_distance(x_BD, y_ND, x_BD.new_full((1,), -1.0 / self.temperature))
 
     def row_losses(self, logits_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`FAIMLoss.row_losses`; the distances are logits here."""
@@ -69,7 +68,7 @@ class FAIMNPairLoss(FAIMLoss):
         mean over classes c of -log( e^s_cc / Σ_c' e^s_cc' ),   s_cc' = -d_F(anchor of c, positive of c') / τ
 
     Source: Sohn 2016. The anchor is the first point of its class among the embeddings, the positive the next one there,
-    or the first among ``ref_emb``. With ``cross_rank`` the positives of all processes are compared with.
+    or the first among ``ref_emb``; with ``cross_rank`` among those of all processes in their order.
 
     Args:
         metric, in_features: one of them, see :class:`FAIMLoss`.
@@ -99,44 +98,40 @@ class FAIMNPairLoss(FAIMLoss):
             raise ValueError("FAIMNPairLoss chooses one pair per class by labels and takes no indices_tuple")
         self.check(embeddings, labels, None, ref_emb, ref_labels)
         x_BD = self.embed(embeddings)
-        y_ND, ref_labels = (x_BD, labels) if ref_emb is None else (self.embed(ref_emb), ref_labels)
-        is_gathered = self.cross_rank and world_size() > 1
-        first = _occurrence(labels, 0)
-        second = _occurrence(ref_labels, 1 if ref_emb is None else 0)
-        # for every row the row of its class's positive; classes without one take no part
-        partner = (labels[:, None] == ref_labels) & second
-        anchors = (first & partner.any(1)).nonzero().flatten()
-        positives = partner[anchors].int().argmax(1)
-        x_PD, y_PD, classes = x_BD[anchors], y_ND[positives], labels[anchors]
-        target = torch.arange(len(anchors), device=x_BD.device)
-        if is_gathered:  # the numbers of pairs differ between processes: whole batches travel
-            y_ND, used = gather_with_gradient(y_ND), torch.zeros_like(ref_labels, dtype=torch.bool)
-            used[positives] = True
-            used, all_labels = gather_all(used), gather_all(ref_labels)
-            columns = used.nonzero().flatten()
-            y_PD = y_ND[columns]
-            own = len(ref_labels) * rank() + positives
-            target = torch.searchsorted(columns, own)
-            classes_N = all_labels[columns]
-        else:
-            classes_N = classes
-        logits_PN = -self.metric(x_PD, y_PD) / self.temperature
-        same = classes[:, None] == classes_N  # another process's positive of the same class is no negative
-        same.scatter_(1, target[:, None], False)
-        losses_P = cross_entropy(logits_PN.masked_fill(same, -torch.inf), target, reduction="none")
-        if self.reducer is not None:
-            return self._reduced(losses_P, embeddings[anchors], classes)
-        count = torch.full_like(x_BD[0, 0], len(anchors), requires_grad=False)
-        if is_gathered:
-            count = mean_over_processes(count)
-        return losses_P.sum() / count.clamp_min(1)
+        is_own = ref_emb is None or ref_emb is embeddings
+        y_ND, ref_labels = (x_BD, labels) if is_own else (self.embed(ref_emb), ref_labels)
+        first, all_labels = 0, labels
+        if self.is_gathered():
+            first, all_labels = len(labels) * rank(), gather_all(labels)
+            y_ND, ref_labels = gather_with_gradient(y_ND), gather_all(ref_labels)
+        anchors, positives = _pairs(all_labels, ref_labels, is_own)
+        here = (anchors >= first) & (anchors < first + len(labels))
+        rows = anchors[here] - first
+        logits_PC = -self.metric(x_BD[rows], y_ND[positives]) / self.temperature
+        losses_P = cross_entropy(logits_PC, here.nonzero().flatten(), reduction="none")
+        if self.reducer is not None and len(rows) > 0:
+            return self._reduced(losses_P, embeddings[rows], labels[rows])
+        processes = world_size() if self.is_gathered() else 1
+        return losses_P.sum() * (processes / max(1, len(anchors)))
 
     def row_losses(self, distance_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
         """Not used: pairs are chosen per class."""
         raise NotImplementedError
 
 
-def _occurrence(labels: Tensor, number: int) -> Tensor:
-    """Which of ``labels`` [N] are the ``number``-th (from 0) of their class (bool [N])."""
-    before = (labels[:, None] == labels).tril(-1).sum(1)
-    return before == number
+def _pairs(labels: Tensor, ref_labels: Tensor, is_own: bool) -> tuple[Tensor, Tensor]:
+    """Rows of the anchors and of the positives [C] of the classes that have both."""
+    classes, label_ids = torch.cat([labels, ref_labels]).unique(return_inverse=True)
+    anchors = _first(label_ids[: len(labels)], len(classes))
+    ref_ids = label_ids[len(labels) :]
+    if is_own:  # the next one: an anchor counts for a class of its own
+        ref_ids = ref_ids.scatter(0, anchors, len(classes))
+    positives = _first(ref_ids, len(classes) + 1)[:-1]
+    has_both = (anchors < len(labels)) & (positives < len(ref_labels))
+    return anchors[has_both], positives[has_both]
+
+
+def _first(ids: Tensor, count: int) -> Tensor:
+    """Where each of 0 to count - 1 comes first in ``ids`` [N]; N where it does not."""
+    rows = torch.arange(len(ids), device=ids.device)
+    return torch.full((count,), len(ids), device=ids.device).scatter_reduce(0, ids, rows, "amin")

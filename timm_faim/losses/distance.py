@@ -3,9 +3,10 @@
 from functools import wraps
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
-from timm_faim.metric import FAIMMetric
+from timm_faim.metric import FAIMMetric, inverse_norms
 
 from .base import MetricHolder
 
@@ -64,7 +65,16 @@ class FAIMDistance(MetricHolder, BaseDistance):
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """d_F(query_i, reference_i) [B] of paired rows [B, D]."""
-        return self.metric.norm(query_emb - ref_emb)
+        dtype = torch.promote_types(query_emb.dtype, ref_emb.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.metric.norm(query_emb.to(wide) - ref_emb.to(wide)).to(dtype)
+
+    def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **options: Any) -> Tensor:
+        """Embeddings as the metric sees them: as they are, or x / |x| as a head computes it."""
+        if not self.normalize_embeddings:
+            return embeddings
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return wide * inverse_norms(wide.movedim(dim, -1)).unsqueeze(dim)
 
 
 def _name_what_to_use(check: Any) -> Any:

@@ -10,6 +10,8 @@ from timm_faim.head.head import FAIMHead, subtract_margin
 
 from .base import check_labels, check_positive
 
+IGNORED = -100  # the label that cross entropy leaves out
+
 
 class FAIMMarginLoss(nn.Module):
     """Cross entropy of logits -γ (d_F(x, μ_k) + m_k [k = target]): the target must be nearer by m_k.
@@ -47,7 +49,7 @@ class FAIMMarginLoss(nn.Module):
     ) -> None:
         super().__init__()
         owns = num_classes is not None and in_features is not None
-        if owns == (head is not None):
+        if owns == (head is not None) or (num_classes is None) != (in_features is None):
             raise ValueError("FAIMMarginLoss takes head=model_head to share one, or num_classes and in_features to own "
                              f"one; got num_classes={num_classes}, in_features={in_features}, "
                              f"head={None if head is None else type(head).__name__}")
@@ -71,10 +73,12 @@ class FAIMMarginLoss(nn.Module):
         return self._head[0]
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of embeddings [B, D] of the classes ``labels`` [B]."""
+        """The loss of embeddings [B, D] of the classes ``labels`` [B]; those of label -100 take no part."""
         check_labels(labels, len(embeddings))
-        if labels.device.type == "cpu" and int(labels.max()) >= self.head.num_classes:
-            raise ValueError(f"label {int(labels.max())} is out of range for {self.head.num_classes} classes")
+        if labels.device.type == "cpu":
+            wrong = (labels >= self.head.num_classes) | ((labels < 0) & (labels != IGNORED))
+            if wrong.any():
+                raise ValueError(f"label {int(labels[wrong][0])} is out of range for {self.head.num_classes} classes")
         logits = self.head(embeddings)
         margins = self.margins.to(logits.device)[labels.clamp_min(0)]
         logits = subtract_margin(logits, labels, self.head.gamma() * margins)

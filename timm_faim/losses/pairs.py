@@ -83,13 +83,15 @@ def blockwise_sum(
     The gradient of the sum is computed block by block in the forward pass, as in fused linear cross entropy (Hsu et
     al. 2024, Liger Kernel), so nothing of size B·N is kept or computed twice. Differentiable once.
     """
-    return _BlockwiseSum.apply(rows, x_BD, y_ND, *parameters)
+    return _BlockwiseSum.apply(rows, torch.is_grad_enabled(), x_BD, y_ND, *parameters)
 
 
 class _BlockwiseSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Callable, x_BD: Tensor, y_ND: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[1:]
+    def forward(
+        ctx: Any, rows: Callable, has_grad: bool, x_BD: Tensor, y_ND: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [has_grad and needed for needed in ctx.needs_input_grad[2:]]
         # with enable_grad: leaves of their own, so that a block's graph ends here
         y = y_ND.detach().requires_grad_(wanted[1])
         total, count, row_grads = 0.0, 0.0, []
@@ -97,7 +99,7 @@ class _BlockwiseSum(torch.autograd.Function):
         sums = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in others]
         for start, stop in row_blocks(len(x_BD), len(y_ND)):
             x = x_BD[start:stop].detach().requires_grad_(wanted[0])
-            with torch.enable_grad():
+            with torch.set_grad_enabled(any(wanted)):
                 losses, counts = rows(x, y, start, stop)
                 loss = losses.sum()
             total, count = total + loss.detach(), count + counts.sum()
@@ -118,4 +120,4 @@ class _BlockwiseSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple:
-        return None, *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)

@@ -1,5 +1,6 @@
 """Triplet loss with d_F: margin + d_F(anchor, positive) - d_F(anchor, negative)."""
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -16,9 +17,14 @@ class FAIMTripletLoss(FAIMLoss):
 
     | mining | triplets | mean over |
     |---|---|---|
-    | batch-hard | the farthest positive and the nearest negative of each anchor (Hermans et al. 2017) | anchors |
-    | semi-hard | for each positive pair the nearest negative farther than the positive, else the farthest negative (Schroff et al. 2015) | positive pairs |
-    | all | every one | triplets of positive loss (Hermans et al. 2017); with ``soft_margin`` all triplets |
+    | batch-hard | farthest positive, nearest negative of each anchor (Hermans et al. 2017) | anchors |
+    | semi-hard | each positive pair with the nearest negative farther than the positive, | positive pairs |
+    |  | else with the farthest negative (Schroff et al. 2015) | |
+    | all | every one | those of positive loss (Hermans et al. 2017) |
+    |  | with ``soft_margin`` | all triplets |
+
+    A miner's pairs are the positives and negatives to choose from. Its triplets are taken as they are: mean over all of
+    them, or with ``all`` over those of positive loss.
 
     ``semi-hard`` and ``all`` sort each anchor's negatives, in O(B·N log N) time and O(B·N) memory; ``all`` with
     ``soft_margin`` visits every triplet.
@@ -44,6 +50,28 @@ class FAIMTripletLoss(FAIMLoss):
             raise ValueError(f"mining must be one of {_MININGS}, got {mining!r}")
         self.mining, self.soft_margin = mining, soft_margin
 
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Optional[Tensor] = None,
+        indices_tuple: Optional[Sequence[Tensor]] = None,
+        ref_emb: Optional[Tensor] = None,
+        ref_labels: Optional[Tensor] = None,
+    ) -> Tensor:
+        """The loss, a scalar; arguments as in :meth:`FAIMLoss.forward`."""
+        if indices_tuple is None or len(indices_tuple) != 3:
+            return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        self.check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        x_BD = self.embed(embeddings)
+        distance_BN = self.distances(x_BD, x_BD if ref_emb is None else self.embed(ref_emb))
+        anchors, positives, negatives = indices_tuple
+        losses_T = self._excess(distance_BN[anchors, positives] - distance_BN[anchors, negatives])
+        every = self.mining != "all" or self.soft_margin
+        counts_T = torch.ones_like(losses_T) if every else (losses_T > 0).to(losses_T.dtype)
+        zeros_B = torch.zeros_like(distance_BN[:, 0])
+        losses_B, counts_B = (zeros_B.index_add(0, anchors, t) for t in (losses_T, counts_T))
+        return self.reduce(losses_B, counts_B, embeddings, labels)
+
     def row_losses(self, distance_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`FAIMLoss.row_losses`."""
         if self.mining == "batch-hard":
@@ -56,7 +84,7 @@ class FAIMTripletLoss(FAIMLoss):
         losses_bN, counts_bN = (self._semi_hard if self.mining == "semi-hard" else self._every)(
             distance_bN, sorted_bN, negatives_b1
         )
-        return (t.masked_fill(~both_bN, 0.0).sum(1) for t in (losses_bN, counts_bN))
+        return losses_bN.masked_fill(~both_bN, 0.0).sum(1), counts_bN.masked_fill(~both_bN, 0.0).sum(1)
 
     def _excess(self, difference: Tensor) -> Tensor:
         return softplus(difference) if self.soft_margin else (difference + self.margin).relu()

@@ -13,6 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DynamoBackend
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
+from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, Parser, build_parser, switch
 
@@ -183,7 +184,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.eval_metric = "loss" if not args.val_split else _evaluator(args).default_metric
     if args.stages and not any(args.stages):
         args.stages = None
-    for key in ("cutmix_minmax", "freeze", "lr_noise"):  # an empty list takes back what a recipe gives
+    for key in ("cutmix_minmax", "freeze", "lr_noise", "contrastive"):  # an empty list takes back what a recipe gives
         setattr(args, key, getattr(args, key) or None)
 
 
@@ -196,11 +197,13 @@ def _check_values(args: argparse.Namespace) -> None:
     at_least_one = ("num_classes", "batch_size", "validation_batch_size", "epochs", "grad_accum_steps", "log_interval",
                     "in_chans", "img_size", "cpu_threads", "train_num_samples", "val_num_samples", "train_last",
                     "val_interval", "checkpoint_hist", "stop_epoch", "kd_student_feature_dim", "kd_teacher_feature_dim",
-                    "lr_cycle_limit", "recount")
+                    "lr_cycle_limit", "recount", "views")
     not_negative = ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "cache_views",
-                    "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats")
+                    "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats",
+                    "samples_per_class")
     positive = ("lr_scale_backbone", "lr_scale_mu", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda",
-                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul", "clip_grad", "crop_pct")
+                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul", "clip_grad", "crop_pct",
+                "contrastive_temperature", "contrastive_margin")
     shares = ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "color_jitter_prob", "grayscale_prob",
               "gaussian_blur_prob", "smoothing", "bce_target_thresh", "drop", "drop_path", "drop_block",
               "model_ema_decay")
@@ -227,6 +230,9 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UserError(f"--lr-noise takes one or two shares of the run, got {_join(args.lr_noise)}")
     if args.stages and min(args.stages) < 0:
         raise UserError(f"--stages must not be negative, got {_join(args.stages)}")
+    if args.contrastive_stages and min(args.contrastive_stages) < 0:
+        raise UserError(f"--contrastive-stages must not be negative, got {_join(args.contrastive_stages)}")
+    parse_losses(args.contrastive or ())
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves none of the {args.epochs} epochs. Raise --epochs")
     if args.torchcompile and args.torchcompile.upper() not in DynamoBackend.__members__:
@@ -260,7 +266,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
                                         ("--task-loss-weight", args.task_loss_weight is not None)) if on]
     uncached = [flag for flag, on in (("--mixup and --cutmix", mixes), ("--aug-splits", splits),
                                       ("--kd-model-name", args.kd_model_name), ("--fsdp", args.fsdp),
+                                      ("--contrastive", args.contrastive), ("--views", args.views > 1),
+                                      ("--samples-per-class", args.samples_per_class),
                                       (f"--dataset {args.dataset}", kind in STREAMED)) if on]
+    not_contrastive = [flag for flag, on in (
+        ("--mixup and --cutmix", mixes), ("--multi-label", args.multi_label), ("--kd-model-name", args.kd_model_name),
+        ("--aug-splits", splits), ("--fsdp", args.fsdp)) if on]
     rules = (
         # data
         (args.multi_label and kind not in WITH_FIELDS,
@@ -301,6 +312,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.head_init == "data" and args.multi_label, "--head-init data does not go with --multi-label"),
         (args.kd_model_name and args.multi_label, "--kd-model-name does not go with --multi-label"),
         (of_teacher and not args.kd_model_name, f"{_join(of_teacher[:1])} needs a teacher: give --kd-model-name"),
+        # contrastive losses
+        (args.contrastive and not_contrastive, f"--contrastive does not go with {_join(not_contrastive[:1])}"),
+        (args.contrastive and args.views == 1 and args.samples_per_class < 2,
+         "--contrastive needs several images of a class in a batch: give --samples-per-class 4, or --views 2"),
+        (args.contrastive_stages and not (args.contrastive and args.stages),
+         "--contrastive-stages needs --contrastive and --stages"),
+        (args.views > 1 and splits, "--views and --aug-splits exclude each other"),
+        (args.views > 1 and mixes, "--views does not go with --mixup and --cutmix"),
+        (args.samples_per_class and kind in STREAMED,
+         f"--samples-per-class does not go with streamed data (--dataset {args.dataset})"),
+        (args.samples_per_class and args.aug_repeats, "--samples-per-class and --aug-repeats exclude each other"),
         # what learns
         (len(partly) > 1, f"{' and '.join(partly)} exclude each other"),
         (args.freeze_gamma and not (args.stages and args.stages[0]),

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from timm_faim.training.args import dataset_type
+from timm_faim.training.contrastive import Views
 from timm_faim.training.datasets import (
     UNREADABLE,
     CheckedImages,
@@ -72,6 +73,8 @@ def build_loaders(
     if args.affine:
         fill = [255 * m for m in data_config["mean"]] if args.affine_fill is None else [args.affine_fill]
         train.dataset.transform.transforms.insert(0, random_affine(args.affine, [round(v) for v in fill]))
+    if args.views > 1:
+        train.dataset.transform = Views(train.dataset.transform, args.views)
     if data.val is None:
         return train, None
     return train, _in_order(args, data.val, data_config, accelerator, distributed=processes > 1)

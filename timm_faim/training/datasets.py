@@ -245,13 +245,22 @@ def _check_no_empty_class(args: argparse.Namespace, dataset: Dataset | None) -> 
         if empty:
             raise UserError(f"{len(empty)} class folders of {reader.root} hold no images: {_few(sorted(empty))}. "
                             "Fill or remove them")
-    targets = {int(target) for _, target in reader.samples} if isinstance(reader, ReaderImageFolder) else (
-        set(reader.targets.tolist()) if isinstance(reader, ReaderImageInTar) else None)
-    if targets is not None and getattr(dataset, "is_training", False):
+    if getattr(dataset, "is_training", False) and isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
+        targets = set(targets_of(dataset))
         without = [str(name) for name, index in _class_to_idx(dataset).items() if index not in targets]
         if without:
             raise UserError(f"{len(without)} classes have no training image: {_few(without)}. "
                             "Take them out of --class-map or add images")
+
+
+def targets_of(dataset: Dataset | None) -> list[int] | None:
+    """The class of each image, as far as the data tell it without being read one by one."""
+    reader = reader_of(dataset)
+    if isinstance(reader, ReaderImageFolder):
+        return [int(target) for _, target in reader.samples]
+    column = getattr(reader, "label_key", None)
+    targets = reader.dataset[column] if column and hasattr(reader, "dataset") else getattr(reader, "targets", None)
+    return None if targets is None else [int(target) for target in targets]
 
 
 def _class_to_idx(dataset: Dataset | None) -> dict[str, int] | None:

@@ -12,7 +12,8 @@ from timm_faim.training.errors import UserError
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
 FAIM_ONLY = ("faim_cfg", "head_init", "damp_epochs", "stages", "freeze_gamma", "lr_scale_metric", "lr_scale_scalars",
-             "lr_scale_lambda")
+             "lr_scale_lambda", "contrastive", "contrastive_temperature", "contrastive_margin", "contrastive_stages",
+             "views", "samples_per_class")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
@@ -23,7 +24,8 @@ TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_wit
                  "wandb_tags", "wandb_resume_id", "push_to_hub", "hub_private", "hub_license", "kd_model_name",
                  "distill_loss_weight", "task_loss_weight", "freeze", "head_only", "train_last", "cache_features",
                  "cache_views", "aug_splits", "jsd_loss", "aug_repeats", "mixup", "cutmix", "cutmix_minmax",
-                 "mixup_off_epoch", "head_init", "stages", "freeze_gamma", "damp_epochs")
+                 "mixup_off_epoch", "head_init", "stages", "freeze_gamma", "damp_epochs", "contrastive",
+                 "contrastive_stages", "views", "samples_per_class")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,8 +67,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("-c", "--config", metavar="YAML", help="recipe: flag names with underscores as keys")
-    for add_group in (_data, _model, _faim, _freezing, _input, _augmentation, _mixing, _loss, _distillation, _optimiser,
-                      _schedule, _device, _run, _resume, _logging):
+    for add_group in (_data, _model, _faim, _freezing, _input, _augmentation, _mixing, _loss, _contrastive,
+                      _distillation, _optimiser, _schedule, _device, _run, _resume, _logging):
         add_group(parser)
     return parser
 
@@ -208,6 +210,21 @@ def _loss(parser: Parser) -> None:
     add("--bce-target-thresh", type=float, metavar="P", help="soft targets above P are 1 in the bce loss, others 0")
     add("--bce-pos-weight", type=float, metavar="W", help="weight of the positives in the bce loss")
     add("--jsd-loss", action=_Flag, default=False, help="the same as --loss jsd; needs --aug-splits")
+
+
+def _contrastive(parser: Parser) -> None:
+    add = parser.add_argument_group("contrastive losses under the head's metric").add_argument
+    add("--contrastive", nargs="*", metavar="NAME:WEIGHT",
+        help="add losses on the features: infonce, supcon, triplet, npair, for example infonce:0.1")
+    add("--views", type=int, default=1, metavar="N", help="augmented views of each image in a batch")
+    add("--samples-per-class", type=int, default=0, metavar="K",
+        help="batches of K images each of --batch-size/K classes")
+    add("--contrastive-temperature", type=float, default=0.1, metavar="T",
+        help="temperature of infonce, supcon and npair")
+    add("--contrastive-margin", type=float, default=0.2, metavar="M",
+        help="margin of triplet, in units of the distance")
+    add("--contrastive-stages", type=float, nargs=3, metavar=("WARMUP", "TUNE", "FINE"),
+        help="factors on the weights in the stages of --stages")
 
 
 def _distillation(parser: Parser) -> None:

@@ -22,6 +22,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
+from timm_faim.training.contrastive import ContrastiveTask
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
 from timm_faim.training.freeze import classifier_parameters
@@ -99,6 +100,8 @@ class Training:
         smooths = self.stages is None or self.stages.smooths_labels(self.progress.updates)
         if self.criteria:
             self.task.criterion = self.criteria[smooths]
+        if isinstance(self.task, ContrastiveTask):
+            self.task.enter_stage(self.stage())
         if self.mixup is not None:
             self.mixup.label_smoothing = self.args.smoothing if smooths else 0.0
 
@@ -149,13 +152,15 @@ class _EpochRecord:
                         disable=None if run.accelerator.is_main_process else True)
 
     def consume(self, numbers: list[float], step: int, images: torch.Tensor, target: torch.Tensor) -> None:
-        local_loss, loss_sum, hits, samples, stop = numbers
+        local_loss, loss_sum, hits, samples, stop, *parts = numbers
         run, progress = self.run, self.run.progress
         if not math.isfinite(loss_sum):
             stop_at_bad_loss(local_loss, step, images, target, run)
         progress.loss_sum += loss_sum
         progress.hits += hits
         progress.samples += samples
+        for name, part_sum in zip(getattr(run.task, "part_names", ()), parts, strict=True):
+            progress.parts[name] = progress.parts.get(name, 0.0) + part_sum
         run.is_stopping |= stop > 0
         self.bar.update()
         if (step + 1) % run.args.log_interval == 0 or step + 1 == len(run.order):
@@ -176,7 +181,8 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
 
     Returns:
         `loss`, `top1` (per cent; under mixup against the label of the larger share), `images_per_s`, `seconds`, over
-        all processes; or None when it stopped before the end because a process was asked to, after a checkpoint.
+        all processes, and each single loss where there are several; or None when it stopped before the end because a
+        process was asked to, after a checkpoint.
 
     Raises:
         RankError: the loss of a step was not finite (its batch is saved), or a label lies outside the classes.
@@ -256,12 +262,14 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     reader.flush()
     record.keep_time()
     record.bar.close()
-    return {"loss": progress.loss_sum / progress.samples, "top1": 100 * progress.hits / progress.samples,
+    parts = {name: value / progress.samples for name, value in progress.parts.items()}
+    return {"loss": progress.loss_sum / progress.samples, **parts, "top1": 100 * progress.hits / progress.samples,
             "images_per_s": round(progress.samples / progress.seconds, 1), "seconds": round(progress.seconds, 2)}
 
 
 def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) -> torch.Tensor:
-    """This process's loss, then summed over all processes: loss, hits, samples, requests to stop; float64 [5]."""
+    """This process's loss, then summed over all processes: loss, hits, samples, requests to stop, each single loss of
+    the task; float64 [5 + number of single losses]."""
     loss, output = result["loss"].detach().double(), result["output"].detach()
     output = output[0] if isinstance(output, (tuple, list)) else output
     if target.ndim == 2 and run.args.multi_label:
@@ -271,7 +279,9 @@ def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) ->
         hits = (output.argmax(1) == labels).sum().double()
     count = len(target)
     # Filled on the device: a tensor made from numbers of the host would wait for the device.
-    sums = torch.stack([loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested)])
+    parts = [part.detach().double() * count for part in result.get("parts", {}).values()]
+    sums = torch.stack([loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested),
+                        *parts])
     return torch.cat([loss[None], run.accelerator.reduce(sums, "sum")])
 
 

@@ -118,23 +118,25 @@ class TrainingOrder:
         loader: timm's prefetching loader; a map-style dataset must be wrapped in `SeededSamples`.
         seed: seed of the run, the same in every process. Processes share one permutation and take every W-th image.
         rank: number of this process.
+        sampler: gives the indices instead of the loader's own.
     """
 
-    def __init__(self, loader: Any, seed: int, rank: int) -> None:
+    def __init__(self, loader: Any, seed: int, rank: int, sampler: Any = None) -> None:
         self.loader, self.seed, self.rank = loader, seed, rank
+        self.sampler = loader.sampler if sampler is None else sampler
         self.is_stream = isinstance(loader.dataset, IterableDataset)
         self.positions = self.erasing = None
         if not self.is_stream:
-            self.positions = PositionedSampler(loader.sampler, seed, rank)
+            self.positions = PositionedSampler(self.sampler, seed, rank)
             loader.batch_sampler.sampler = self.positions
-            if hasattr(loader.sampler, "seed"):
-                loader.sampler.seed = seed
+            if hasattr(self.sampler, "seed"):
+                self.sampler.seed = seed
         if getattr(loader, "random_erasing", None) is not None:
             self.erasing = loader.random_erasing = SeededErasing(loader.random_erasing, seed, rank)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of an epoch from number `start` on; a stream has to read and drop the ones before."""
-        sampler = self.loader.sampler
+        sampler = self.sampler
         for holder in (self.loader.dataset, sampler):
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)

@@ -47,6 +47,7 @@ class Progress:
     hits: float = 0.0
     samples: float = 0.0
     seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)  # sums of the single losses, where there are several
     best: float | None = None  # of --eval-metric
     kept: list[dict[str, Any]] = field(default_factory=list)  # epochs whose weights are kept: {epoch, metric}
 
@@ -79,6 +80,7 @@ class Progress:
         self.epoch += 1
         self.step = 0
         self.loss_sum = self.hits = self.samples = self.seconds = 0.0
+        self.parts = {}
 
 
 class _PlateauState:

@@ -21,6 +21,7 @@ from torch import nn
 
 from timm_faim import TargetMargin, faim_heads
 from timm_faim.training.args import loss_name, mixes_images
+from timm_faim.training.contrastive import ContrastiveTask
 from timm_faim.training.errors import UserError, did_you_mean
 
 
@@ -83,6 +84,8 @@ def build_task(
     common = {"criterion": criterion, "device": device, "dtype": dtype, "verbose": False}
     if args.multi_label:
         return MultiLabelClassificationTask(model, threshold=args.multilabel_threshold, **common)
+    if args.contrastive:
+        return ContrastiveTask(model, args=args, **common)
     if not args.kd_model_name:
         return ClassificationTask(model, **common)
 

@@ -1,0 +1,125 @@
+"""Contrastive losses beside the classification loss, under the metric of the model's head: --contrastive.
+
+The features that go into the head are compared with the features of all processes, and no parameter is added.
+"""
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from torch import nn
+
+from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss, faim_heads
+from timm_faim.losses.base import FAIMLoss
+from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.stages import FINE_TUNE, TUNE_METRIC, WARM_UP
+
+LOSSES = ("infonce", "supcon", "triplet", "npair")
+
+
+def parse_losses(words: Sequence[str]) -> dict[str, float]:
+    """Weights of the losses of `--contrastive NAME:WEIGHT ...`; a name alone has the weight 1.
+
+    Raises:
+        UserError: an unknown loss, a weight that is no positive number, a loss given twice.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.partition(":")
+        if name not in LOSSES:
+            raise UserError(f"unknown loss in --contrastive {word}.{did_you_mean(name, LOSSES)} There are "
+                            f"{', '.join(LOSSES)}, with a weight as in infonce:0.1")
+        try:
+            weights[name], given = float(number or 1), name in weights
+        except ValueError:
+            raise UserError(f"--contrastive {word}: {number!r} is no number. Give a weight as in infonce:0.1") from None
+        if given or not 0 < weights[name] < float("inf"):
+            raise UserError(f"--contrastive {word}: " + ("the loss is given twice" if given else
+                            "the weight must be a finite number above 0"))
+    return weights
+
+
+def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
+    """A loss by its name in --contrastive, sharing the head's metric."""
+    common = {"metric": head.metric, "normalize": head.normalize, "cross_rank": True, "check_finite": False}
+    if name == "triplet":
+        return FAIMTripletLoss(margin=args.contrastive_margin, **common)
+    if name == "npair":
+        return FAIMNPairLoss(temperature=args.contrastive_temperature, **common)
+    form = "supcon" if name == "supcon" else "ntxent"
+    return FAIMInfoNCELoss(temperature=args.contrastive_temperature, form=form, **common)
+
+
+class ContrastiveTask(ClassificationTask):
+    """timm's classification task with contrastive losses on the inputs of the model's FAIM head.
+
+    Args:
+        model: a model with one FAIM head.
+        criterion: classification loss.
+        args: --contrastive and its options.
+        **options: those of `ClassificationTask`.
+
+    Raises:
+        UserError: a model without a FAIM head, or with several.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, args: argparse.Namespace, **options: Any) -> None:
+        super().__init__(model, criterion, **options)
+        heads = list(faim_heads(model).values())
+        if len(heads) != 1:
+            raise UserError(f"--contrastive compares the features of one FAIM head, and {args.model} has {len(heads)}. "
+                            "Leave it out, or choose another model")
+        self.weights = parse_losses(args.contrastive)
+        self.contrastive = nn.ModuleDict({name: build_loss(name, args, heads[0]) for name in self.weights})
+        self.factors = dict(zip((WARM_UP, TUNE_METRIC, FINE_TUNE), args.contrastive_stages or (1, 1, 1), strict=True))
+        self.factor = 1.0
+        self._head = (heads[0],)  # in a tuple: the model owns it
+        self._features: torch.Tensor | None = None
+        heads[0].register_forward_pre_hook(self._keep_features)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the single losses in `parts`."""
+        return ("class_loss", *(f"{name}_loss" for name in self.weights))
+
+    def enter_stage(self, name: str) -> None:
+        """Weigh the contrastive losses as the stage wants it; an empty name is training without stages."""
+        self.factor = self.factors.get(name, 1.0)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        """Losses of images [B, channels, H, W] and classes [B]: timm's dictionary, with each loss in `parts`."""
+        result = super().forward(input, target)
+        features = self._take_features()
+        parts = {"class_loss": result["loss"]}
+        for name, loss in self.contrastive.items():
+            parts[f"{name}_loss"] = loss(features, target)
+            result["loss"] = result["loss"] + self.factor * self.weights[name] * parts[f"{name}_loss"]
+        return result | {"parts": parts}
+
+    def _keep_features(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if head.training and head is self._head[0]:  # not the copy that averages the weights
+            self._features = inputs[0]
+
+    def _take_features(self) -> torch.Tensor:
+        """The features [B, D] of the forward pass just made; those of a convolutional head are averaged over places."""
+        features, self._features = self._features, None
+        head = self._head[0]
+        if features is not None and features.ndim == 4:
+            at_end = features.shape[-1] == head.in_features
+            features = features.mean((1, 2) if at_end else (2, 3))
+        if features is None or features.ndim != 2:
+            raise UserError("--contrastive needs one feature an image at the head, and this model gives "
+                            f"{'none' if features is None else list(features.shape)}. Choose another model")
+        return features
+
+
+class Views:
+    """An image transform that gives several augmented views of an image, as a tuple: timm collates them one after
+    another, [view 1 of all images, view 2 of all images, ...]."""
+
+    def __init__(self, transform: Any, count: int) -> None:
+        self.transform, self.count = transform, count
+
+    def __call__(self, image: Any) -> tuple[Any, ...]:
+        return tuple(self.transform(image) for _ in range(self.count))
