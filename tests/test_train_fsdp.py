@@ -1,12 +1,14 @@
 """Sharded models: FSDP2 itself on the CPU; through Accelerate it needs several GPUs."""
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
-from accelerate.utils import is_torch_version
+from accelerate.utils import DistributedType, is_torch_version
 from children import in_group
 
 from timm_faim import TargetMargin
-from timm_faim.training.launch import repeated_blocks
+from timm_faim.training.launch import repeated_blocks, wrap_repeated_blocks
 from timm_faim.training.summary import head_metrics
 
 
@@ -38,7 +40,29 @@ def gradients_are_those_of_one_process():
     assert head_metrics(sharded) == head_metrics(whole)
 
 
-@pytest.mark.skipif(is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU")
+def a_channels_last_model_is_sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = timm.create_model("faim_test_resnet", num_classes=5).to(memory_format=torch.channels_last)
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=[])
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    wrap_repeated_blocks(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state), model)
+    assert plugin.transformer_cls_names_to_wrap == repeated_blocks(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)).sum().backward()
+
+
+needs_fsdp_on_cpu = pytest.mark.skipif(
+    is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU")
+
+
+@needs_fsdp_on_cpu
+def test_a_channels_last_model_can_be_sharded():
+    in_group(a_channels_last_model_is_sharded)
+
+
+@needs_fsdp_on_cpu
 def test_gradients_of_a_sharded_model():
     in_group(gradients_are_those_of_one_process)
 

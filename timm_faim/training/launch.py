@@ -78,7 +78,10 @@ def share_out_cores(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def wrap_repeated_blocks(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Tell FSDP2 the model's repeated blocks, the units to gather: without units all weights are gathered at once."""
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
-    if plugin is not None and not plugin.transformer_cls_names_to_wrap:
+    if plugin is None:
+        return
+    model.to(memory_format=torch.contiguous_format)  # all that FSDP2 shards; images stay channels-last
+    if not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(model)
 
 
