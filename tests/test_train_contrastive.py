@@ -169,10 +169,13 @@ def test_features_of_convolutional_heads_and_of_tokens():
     model = Convolutional(2).train()
     x, target = torch.randn(6, 4, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     task = ContrastiveTask(model, nn.CrossEntropyLoss(), args, verbose=False)
-    expected = task.contrastive["supcon"](x.mean((2, 3)), target)
-    assert task(x, target)["parts"]["supcon_loss"] == expected
-    with pytest.raises(UserError, match=r"one feature an image at the head, and this model gives \[6, 5, 4\]"):
-        task(torch.randn(6, 5, 4), target)
+    loss = task.contrastive["supcon"]
+    assert task(x, target)["parts"]["supcon_loss"] == loss(x.mean((2, 3)), target)
+    tokens = torch.randn(6, 5, 4)
+    assert task(tokens, target)["parts"]["supcon_loss"] == loss(tokens.mean(1), target)
+    model.forward = lambda x: x.mean((2, 3))
+    with pytest.raises(UserError, match="which this model does not call"):
+        task(x, target)
 
 
 def test_several_heads_are_refused(images, tmp_path):

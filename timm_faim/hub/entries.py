@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # relative to their range, between machines
 
 def probe_logits(model: nn.Module) -> list[float]:
     """The first logits of a model for one fixed image, a wave of all input sizes; computed on the CPU in float32."""
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = timm.data.resolve_input_data_config(model)["input_size"]
     image = torch.linspace(0, 100, steps=size[0] * size[1] * size[2]).sin().reshape(1, *size)
     with torch.inference_mode():
         logits = model.float().cpu().eval()(image)[0]

@@ -135,7 +135,7 @@ def save_model(model: nn.Module, folder: Path, label_names: Sequence[str] | None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data_config = timm.data.resolve_model_data_config(model)
+    data_config = timm.data.resolve_input_data_config(model)
     save_config(model, folder / CONFIG, data_config, list(label_names) if label_names else None, pretrained=False)
     save_weights(model.state_dict(), folder, is_best=True)
     (folder / LAST).unlink()
@@ -166,7 +166,7 @@ def open_folder(folder: Path) -> nn.Module:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.inference_mode():
-            logits = model(torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"]))
+            logits = model(torch.zeros(1, *timm.data.resolve_input_data_config(model)["input_size"]))
     except Exception as e:  # a wrong folder fails in as many ways as there are models
         raise UserError(f"{folder} does not open with timm: {' '.join(str(e).split())[:500]}") from e
     if not torch.isfinite(logits).all():

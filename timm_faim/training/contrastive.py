@@ -11,6 +11,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss, faim_heads
+from timm_faim.head.fit import mean_input
 from timm_faim.losses.base import FAIMLoss
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.stages import FINE_TUNE, TUNE_METRIC, WARM_UP
@@ -102,16 +103,12 @@ class ContrastiveTask(ClassificationTask):
             self._features = inputs[0]
 
     def _take_features(self) -> torch.Tensor:
-        """The features [B, D] of the forward pass just made; those of a convolutional head are averaged over places."""
+        """The features [B, D] of the forward pass just made, averaged over places and tokens."""
         features, self._features = self._features, None
-        head = self._head[0]
-        if features is not None and features.ndim == 4:
-            at_end = features.shape[-1] == head.in_features
-            features = features.mean((1, 2) if at_end else (2, 3))
-        if features is None or features.ndim != 2:
-            raise UserError("--contrastive needs one feature an image at the head, and this model gives "
-                            f"{'none' if features is None else list(features.shape)}. Choose another model")
-        return features
+        if features is None:
+            raise UserError("--contrastive needs the input of the FAIM head, which this model does not call in "
+                            "training. Choose another model")
+        return mean_input(self._head[0], features)
 
 
 class Views:

@@ -136,7 +136,7 @@ def _embed(
     features, targets = [], []
     bar = tqdm(batches, desc="features", total=count, unit="batch", leave=False,
                disable=None if accelerator.is_main_process else True)
-    with _inputs_of(classifier) as seen:
+    with inputs_of(classifier) as seen:
         for images, target in bar:
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -148,7 +148,7 @@ def _embed(
 
 
 @contextmanager
-def _inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     try:

@@ -52,7 +52,7 @@ def write_evaluation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {key: _json_number(value) for key, value in evaluation.metrics().items()}
-    facts = {**(info or {}), "metrics": metrics, "num_classes": evaluation.num_classes, "versions": _versions()}
+    facts = {**(info or {}), "metrics": metrics, "num_classes": evaluation.num_classes, "versions": versions()}
     with atomic_write(folder / "eval.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -142,6 +142,6 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     modules = {"timm_faim": timm_faim, "timm": timm, "torch": torch, "accelerate": accelerate}
     return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
