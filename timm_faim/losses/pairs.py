@@ -37,7 +37,8 @@ class Pairs:
         positive_bN = self.labels[start:stop, None] == self.ref_labels
         negative_bN = ~positive_bN
         if self.own is not None:
-            positive_bN[:, self.own + start : self.own + stop].fill_diagonal_(False)
+            own_b1 = torch.arange(self.own + start, self.own + stop, device=positive_bN.device).unsqueeze(1)
+            positive_bN.scatter_(1, own_b1, False)
         return positive_bN, negative_bN
 
 
@@ -81,7 +82,10 @@ def blockwise_sum(
         parameters: what ``rows`` reads besides and has a gradient.
 
     The gradient of the sum is computed block by block in the forward pass, as in fused linear cross entropy (Hsu et
-    al. 2024, Liger Kernel), so nothing of size B·N is kept or computed twice. Differentiable once.
+    al. 2024, Liger Kernel), so nothing of size B·N is kept or computed twice.
+
+    Raises:
+        RuntimeError: differentiated with ``create_graph=True``.
     """
     return _BlockwiseSum.apply(rows, torch.is_grad_enabled(), x_BD, y_ND, *parameters)
 
@@ -118,6 +122,8 @@ class _BlockwiseSum(torch.autograd.Function):
         return total, count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a loss that is computed block by block can be differentiated once, without "
+                               f"create_graph=True; use batches of at most {BLOCK} pairs for more")
         return None, None, *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
