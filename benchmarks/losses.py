@@ -1,7 +1,7 @@
 """Time and memory of contrastive losses: forward + backward with FAIM distance, against cosine in the same run.
 
-    python benchmarks/losses.py                     # CPU table
-    python benchmarks/losses.py --device cuda       # GPU table
+    python benchmarks/losses.py                     # CPU tables
+    python benchmarks/losses.py --device cuda       # GPU tables, eager and under torch.compile
 
 "cosine" is SupCon (or NT-Xent) as one would write it in PyTorch, with one matrix of similarities; "cosine, these
 blocks" is this package's loss with cosine in place of the distance; then SupConLoss of pytorch-metric-learning.
@@ -56,16 +56,19 @@ class CosineMetric(FAIMMetric):
 class Step:
     """One step of a loss on fixed embeddings, which want a gradient as behind a backbone."""
 
-    def __init__(self, loss: nn.Module, B: int, D: int, device: str) -> None:
+    def __init__(self, loss: nn.Module, B: int, D: int, device: str, compiled: bool) -> None:
         torch.manual_seed(0)
         self.head = loss.to(device)
+        if isinstance(loss, FAIMInfoNCELoss):
+            loss.metric.to(device)  # one that is shared is no part of the loss
+        self.loss = torch.compile(self.head) if compiled else self.head
         self.x = torch.randn(B, D, device=device, requires_grad=True)
         self.labels = torch.arange(B, device=device) // 4
 
     def __call__(self):
         self.x.grad = None
         self.head.zero_grad()
-        self.head(self.x, self.labels).backward()
+        self.loss(self.x, self.labels).backward()
 
     def gradient_bytes(self):
         tensors = [self.x, *self.head.parameters()]
@@ -86,8 +89,8 @@ def losses(D: int, form: str) -> dict[str, nn.Module]:
     return made
 
 
-def table(B: int, D: int, form: str, device: str, rounds: int) -> None:
-    steps = {name: Step(loss, B, D, device) for name, loss in losses(D, form).items()}
+def table(B: int, D: int, form: str, device: str, rounds: int, compiled: bool) -> None:
+    steps = {name: Step(loss, B, D, device, compiled) for name, loss in losses(D, form).items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     calls = 10 if device == "cuda" else 1
     for i in range(rounds + 1):
@@ -95,7 +98,8 @@ def table(B: int, D: int, form: str, device: str, rounds: int) -> None:
             spent = seconds(step, device, calls)
             if i:  # the first round warms up
                 times[name].append(spent)
-    print(f"\n### {form}, {device}, B={B}, D={D}, float32, medians of {rounds} rounds\n")
+    how = "torch.compile" if compiled else "eager"
+    print(f"\n### {form}, {device}, {how}, B={B}, D={D}, float32, medians of {rounds} rounds\n")
     print("| loss | ms | ratio to cosine | ratio to cosine in these blocks | peak memory, B·B·4 bytes |")
     print("|---|---|---|---|---|")
     for name, step in steps.items():
@@ -117,7 +121,8 @@ def main() -> None:
     print(headline(f"python benchmarks/losses.py {' '.join(sys.argv[1:])}".strip(), cuda=cuda))
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for all of them
     for form in ("ntxent", "supcon"):
-        table(args.batch, args.features, form, args.device, args.rounds)
+        for compiled in (False, True) if cuda else (False,):
+            table(args.batch, args.features, form, args.device, args.rounds, compiled)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ each_form = pytest.mark.parametrize(("full", "symmetric"), FORMS)
 def make_blocks(monkeypatch, entries):
     """Blocks of so many entries."""
     monkeypatch.setattr(pairs, "BLOCK", entries)
-    monkeypatch.setattr(base, "BLOCK", entries)
 
 
 def arguments(setup, seed, dtype=torch.float64):

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from timm_faim import FAIMHead
-from timm_faim.losses import base, pairs
+from timm_faim.losses import pairs
 
 D = 5
 
@@ -43,7 +43,7 @@ def process_metric():
 def _losses_of_a_process(folder, block):
     assert distributed.get_world_size() == 2
     if block:
-        pairs.BLOCK = base.BLOCK = block
+        pairs.BLOCK = block
     results = {}
     for key, name, given in process_cases():
         metric, x = process_metric()

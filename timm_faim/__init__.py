@@ -6,6 +6,7 @@ Importing this package registers a ``faim_`` twin of every timm classification a
     model = timm.create_model("faim_vit_base_patch16_224", pretrained=True, num_classes=200)
 """
 
+from .block import FAIMBlock, FAIMChart, exp_map, log_map
 from .head import (
     FAIMHead,
     TargetMargin,
@@ -19,11 +20,12 @@ from .head import (
 )
 from .losses import FAIMInfoNCELoss, FAIMMarginLoss, FAIMNPairLoss, FAIMTripletLoss
 from .metric import FAIMMetric, faim_distance
-from .models import convert, head_options, register_twins
+from .models import block_options, convert, head_options, register_twins
 from .version import __version__
 
-__all__ = [
-    "FAIMDistance",
+__all__ = [  # and FAIMDistance, on demand
+    "FAIMBlock",
+    "FAIMChart",
     "FAIMHead",
     "FAIMInfoNCELoss",
     "FAIMMarginLoss",
@@ -33,13 +35,16 @@ __all__ = [
     "TargetMargin",
     "__version__",
     "agreement",
+    "block_options",
     "convert",
+    "exp_map",
     "faim_distance",
     "faim_heads",
     "fit_",
     "fit_heads",
     "from_linear",
     "head_options",
+    "log_map",
     "set_damping",
     "to_linear",
 ]

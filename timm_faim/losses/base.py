@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_faim.metric import FAIMMetric, inverse_norms
 
-from .pairs import BLOCK, Pairs, blockwise_sum, mined_masks
+from .pairs import Pairs, block_entries, blockwise_sum, mined_masks
 from .processes import gather_all, gather_with_gradient, mean_over_processes, rank, world_size
 
 
@@ -113,7 +113,7 @@ class FAIMLoss(MetricHolder, nn.Module):
         def rows(x: Tensor, y: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
             return self.row_losses(self.distances(x, y), *pairs.block(start, stop))
 
-        whole = len(x_BD) * len(y_ND) <= BLOCK or torch.compiler.is_compiling()
+        whole = len(x_BD) * len(y_ND) <= block_entries(x_BD.device) or torch.compiler.is_compiling()
         if whole or self.reducer is not None:
             losses_B, counts_B = rows(x_BD, y_ND, 0, len(x_BD))
             return self.reduce(losses_B, counts_B, embeddings, labels)

@@ -21,7 +21,7 @@ class FAIMInfoNCELoss(FAIMLoss):
 
     Source: van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (NT-Xent), Khosla et al. 2020 (SupCon, L_out). Two
     views of each image with the image's number as label make the self-supervised loss. Memory is O(B·N) and, above
-    ``pairs.BLOCK`` entries, that of a block of rows.
+    ``pairs.block_entries`` entries, that of a block of rows.
 
     Args:
         metric, in_features: one of them, see :class:`FAIMLoss`.

@@ -10,7 +10,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # entries of one block of rows: large enough for a GPU, 16 MiB a tensor
+BLOCK = 2**22  # entries of one block of rows on the CPU, 16 MiB a tensor
+
+
+def block_entries(device: torch.device) -> int:
+    """Entries of one block of rows; more on a GPU, where a block's cost is in launching its kernels."""
+    return BLOCK if device.type == "cpu" else 4 * BLOCK
 
 
 @dataclass
@@ -60,9 +65,9 @@ def mined_masks(indices: Sequence[Tensor], B: int, N: int) -> tuple[Tensor, Tens
     return masks[0], masks[1]
 
 
-def row_blocks(B: int, N: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks of rows with about ``BLOCK`` entries each."""
-    rows = max(1, BLOCK // max(1, N))
+def row_blocks(B: int, N: int, entries: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of rows with about so many entries each."""
+    rows = max(1, entries // max(1, N))
     for start in range(0, B, rows):
         yield start, min(B, start + rows)
 
@@ -73,7 +78,7 @@ def blockwise_sum(
     y_ND: Tensor,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Sum of row losses over all rows, and the sum of their counts, in memory O(BLOCK + (B + N) D).
+    """Sum of row losses over all rows, and the sum of their counts, in memory O(one block + (B + N) D).
 
     Args:
         rows: (x [b, D], y [N, D], start, stop) -> row losses [b] and counts [b] of these rows.
@@ -101,7 +106,7 @@ class _BlockwiseSum(torch.autograd.Function):
         total, count, row_grads = 0.0, 0.0, []
         others = [t for t, want in zip((y, *parameters), wanted[1:], strict=True) if want]
         sums = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in others]
-        for start, stop in row_blocks(len(x_BD), len(y_ND)):
+        for start, stop in row_blocks(len(x_BD), len(y_ND), block_entries(x_BD.device)):
             x = x_BD[start:stop].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)):
                 losses, counts = rows(x, y, start, stop)
@@ -125,5 +130,5 @@ class _BlockwiseSum(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():
             raise RuntimeError("a loss that is computed block by block can be differentiated once, without "
-                               f"create_graph=True; use batches of at most {BLOCK} pairs for more")
+                               f"create_graph=True; use batches of at most {block_entries(grad_total.device)} pairs")
         return None, None, *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
