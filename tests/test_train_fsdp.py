@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType, is_torch_version
 from children import in_group
 
 from timm_faim import TargetMargin
+from timm_faim.training.errors import UserError
 from timm_faim.training.launch import repeated_blocks, wrap_repeated_blocks
 from timm_faim.training.summary import head_metrics
 
@@ -70,4 +71,10 @@ def test_gradients_of_a_sharded_model():
 def test_units_of_sharding_are_the_repeated_blocks():
     assert repeated_blocks(build()) == ["Block"]
     assert repeated_blocks(timm.create_model("resnet18")) == ["BasicBlock"]
+    charted = timm.create_model("faim_vit_tiny_patch16_224", faim_cfg=dict(blocks=2))
+    assert repeated_blocks(charted) == ["Block", "FAIMBlock"]
+    charted = timm.create_model("faim_vit_tiny_patch16_224", faim_cfg=dict(blocks=2, block_shared=True))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=object()))
+    with pytest.raises(UserError, match="block_shared=True does not go with FSDP"):
+        wrap_repeated_blocks(accelerator, charted)
     assert repeated_blocks(timm.create_model("convnext_atto")) == ["ConvNeXtBlock", "ConvNeXtStage"]

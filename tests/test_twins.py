@@ -16,7 +16,8 @@ from torch import nn
 
 import timm_faim
 from timm_faim import FAIMHead, faim_heads
-from timm_faim.models import attach_heads, has_classifier, head_options
+from timm_faim.models import attach_heads, has_classifier
+from timm_faim.models.config import resolve_faim_cfg
 
 CFG = {"full_sigma": True, "normalize": True, "margin": 0.2}
 
@@ -157,7 +158,7 @@ def test_save_and_open_locally(arch, tmp_path, caplog):
     save_for_hf(model, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == f"faim_{arch}"
-    assert config["model_args"]["faim_cfg"] == {**head_options(), **CFG}
+    assert config["model_args"]["faim_cfg"] == resolve_faim_cfg(CFG)
 
     source = f"local-dir:{tmp_path}"
     opened = timm.create_model(source, pretrained=True).eval()
@@ -226,7 +227,7 @@ def test_pretrained_backbone_loads_and_the_head_starts_fresh_for_other_classes(c
     overlay = {"state_dict": base.state_dict(), "num_classes": 1000}
     model = timm.create_model("faim_test_vit", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.blocks[0].attn.qkv.weight, base.blocks[0].attn.qkv.weight)
-    assert model.head.num_classes == 5 and model.faim_cfg == head_options()
+    assert model.head.num_classes == 5 and model.faim_cfg == resolve_faim_cfg(None)
     (record,) = caplog.records
     assert "head starts fresh: the weights have 1000 classes, the model 5" in record.getMessage()
 

@@ -136,7 +136,7 @@ class FAIMMetric(nn.Module):
         if v.shape[-1] != self.in_features:
             raise ValueError(f"expected vectors [..., {self.in_features}], got shape {list(v.shape)}")
         out_dtype, dtype = _dtypes(v, self.beta)
-        sigma, tril, beta, lmbda = self._tensors(dtype)
+        sigma, tril, beta, lmbda = self.tensors(dtype)
         flat = v.to(dtype).reshape(-1, self.in_features)
         term = one_form_term(torch.mv(flat, beta), self.symmetric, self.eps, self._damping(dtype))
         value = torch.sqrt(squared_norm(flat, sigma, tril, self.eps) + self.eps) + lmbda * term
@@ -145,7 +145,7 @@ class FAIMMetric(nn.Module):
     @torch.jit.ignore
     def reference(self, x: Tensor, y: Tensor) -> Tensor:
         """d_F(x, y) [B, C] for x [B, D], y [C, D] by the literal formula (the oracle); O(B·C·D) memory."""
-        _, _, beta, lmbda = self._tensors(x.dtype)
+        _, _, beta, lmbda = self.tensors(x.dtype)
         sigma = self.sigma().to(x.dtype)
         return reference_distance(x, y, sigma, beta, lmbda, self.eps, self.symmetric, self._damping(x.dtype))
 
@@ -159,7 +159,7 @@ class FAIMMetric(nn.Module):
 
     def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor], unit: bool) -> Tensor:
         out_dtype, dtype = _dtypes(x, y)
-        sigma, tril, beta, lmbda = self._tensors(dtype)
+        sigma, tril, beta, lmbda = self.tensors(dtype)
         damping = self._damping(dtype)
         flat = x.to(dtype).reshape(-1, self.in_features)
         y = y.to(dtype)
@@ -170,7 +170,7 @@ class FAIMMetric(nn.Module):
             d = fused_distance(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping, unit)
         return d.to(out_dtype).reshape(x.shape[:-1] + y.shape[:1])
 
-    def _tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
+    def tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
         """Effective diagonal of Σ or lower-triangular factor, β and λ in ``dtype``."""
         sigma: Optional[Tensor] = None
         tril: Optional[Tensor] = None

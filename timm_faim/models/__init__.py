@@ -1,8 +1,8 @@
 """FAIM twins of timm's architectures."""
 
 from .attach import attach_heads
-from .config import head_options
+from .config import block_options, head_options
 from .convert import convert
 from .faim import has_classifier, register_twins
 
-__all__ = ["attach_heads", "convert", "has_classifier", "head_options", "register_twins"]
+__all__ = ["attach_heads", "block_options", "convert", "has_classifier", "head_options", "register_twins"]

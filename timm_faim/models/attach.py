@@ -17,6 +17,8 @@ from torch import nn
 
 from timm_faim.head import FAIMHead, faim_heads
 
+from .config import of_heads
+
 
 def attach_heads(
     model: nn.Module, faim_cfg: dict[str, Any], ready: Optional[Mapping[str, FAIMHead]] = None
@@ -37,7 +39,7 @@ def attach_heads(
     _replace_classifiers(model, ready or {})
     if not isinstance(model, FAIMModelMixin):
         recorded = vars(model).pop("_model_args", None)  # the mixin's property would hide it
-        model.__class__ = _subclass(type(model), FAIMModelMixin)
+        model.__class__ = subclass(type(model), FAIMModelMixin)
         if recorded is not None:
             model._model_args = recorded
     return model
@@ -59,10 +61,11 @@ class FAIMModelMixin:
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
-        """timm's names and every parameter of the heads: prototypes, Σ, β and scalars are not decayed."""
+        """timm's names and every parameter of heads and charts: prototypes, Σ, β, p and scalars are not decayed."""
         names = set(super().no_weight_decay()) if hasattr(super(), "no_weight_decay") else set()
         for head_name, head in faim_heads(self).items():
             names.update(f"{head_name}.{name}" for name, _ in head.named_parameters())
+        names.update(name for name, _ in self.named_parameters() if ".faim_chart." in name)
         return names
 
     @property
@@ -75,7 +78,7 @@ class FAIMModelMixin:
         self.__dict__["_timm_model_args"] = value
 
     def __reduce_ex__(self, protocol):
-        return _reduce(self)
+        return reduce_by_base(self)
 
 
 class KeepsHeadMixin:
@@ -86,7 +89,7 @@ class KeepsHeadMixin:
         return self
 
     def __reduce_ex__(self, protocol):
-        return _reduce(self)
+        return reduce_by_base(self)
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -136,7 +139,8 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 def _head_like(layer: nn.Module, faim_cfg: dict[str, Any]) -> FAIMHead:
     out_features, in_features = layer.weight.shape[:2]
-    head = FAIMHead(in_features, out_features, **faim_cfg, device=layer.weight.device, dtype=layer.weight.dtype)
+    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    head = FAIMHead(in_features, out_features, **of_heads(faim_cfg), **like)
     return head.train(layer.training)
 
 
@@ -151,7 +155,7 @@ def _keep_unfused(model: nn.Module, parent_name: str) -> None:
     while parent_name:
         container = model.get_submodule(parent_name)
         if hasattr(container, "fuse") and not isinstance(container, KeepsHeadMixin):
-            container.__class__ = _subclass(type(container), KeepsHeadMixin)
+            container.__class__ = subclass(type(container), KeepsHeadMixin)
         parent_name = parent_name.rpartition(".")[0]
 
 
@@ -166,13 +170,23 @@ def _within(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
 
+_MADE: set[type] = set()
+
+
 @cache
-def _subclass(base: type, mixin: type) -> type:
+def subclass(base: type, mixin: type) -> type:
     namespace = {"__module__": base.__module__, "__annotations__": dict(getattr(base, "__annotations__", {}))}
-    return type(f"FAIM{base.__name__}", (mixin, base), namespace)
+    made = type(f"FAIM{base.__name__}", (mixin, base), namespace)
+    _MADE.add(made)
+    return made
 
 
-def _reduce(module: nn.Module) -> tuple:
+def timm_class(cls: type) -> type:
+    """The class that a :func:`subclass` was made from; any other class itself."""
+    return cls.__bases__[1] if cls in _MADE else cls
+
+
+def reduce_by_base(module: nn.Module) -> tuple:
     """Pickle and deepcopy by the importable timm class and the mixin: the subclass itself has no import path."""
     mixin, base = type(module).__bases__
     state = module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
@@ -180,5 +194,5 @@ def _reduce(module: nn.Module) -> tuple:
 
 
 def _rebuild(base: type, mixin: type) -> nn.Module:
-    cls = _subclass(base, mixin)
+    cls = subclass(base, mixin)
     return cls.__new__(cls)

@@ -20,6 +20,8 @@ _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
+CHART = ".faim_chart."  # in the keys of the charts of FAIM blocks
+
 
 def read_faim_state_dict(
     pretrained_cfg: Union[None, str, dict[str, Any], PretrainedCfg], cache_dir: Union[None, str, Path] = None
@@ -79,6 +81,39 @@ def split_heads(state_dict: StateDict) -> tuple[StateDict, dict[str, StateDict]]
         else:
             heads[owner][key[len(owner) + 1 :]] = value
     return backbone, heads
+
+
+def split_charts(state_dict: StateDict) -> tuple[StateDict, StateDict]:
+    """Entries of backbone and heads, and those of the charts of FAIM blocks."""
+    charts = {key: value for key, value in state_dict.items() if CHART in key}
+    return {key: value for key, value in state_dict.items() if key not in charts}, charts
+
+
+def load_charts(model: nn.Module, saved: StateDict) -> None:
+    """Load the charts of FAIM blocks; those of a checkpoint without any stay the identity, with one log line.
+
+    Raises:
+        RuntimeError: the checkpoint has other blocks than the model, or of another shape.
+    """
+    charts = {name: chart for name, chart in model.named_modules() if f".{name}.".endswith(CHART)}
+    if not saved:
+        if charts:
+            _logger.info(f"the checkpoint has no FAIM blocks; those of the model ({len(charts)}) start as the identity")
+        return
+    wanted = {f"{name}.{key}": (name, key) for name, chart in charts.items() for key in chart.state_dict()}
+    # timm's feature extractors write stages_3 for stages.3, or model.stages for stages
+    by_name = {key.removeprefix("model.").replace("_", "."): key for key in wanted}
+    found = {by_name.get(key.replace("_", "."), key): value for key, value in saved.items()}
+    if found.keys() != wanted.keys():
+        places = sorted({key.partition(CHART)[0] for key in saved})
+        raise RuntimeError(f"the checkpoint has FAIM blocks at {', '.join(places)}, this model {len(charts)} others or "
+                           "of another kind; use the checkpoint's own faim_cfg (blocks=…)")  # fmt: skip
+    try:
+        for name, chart in charts.items():
+            chart.load_state_dict({key: found[full] for full, (owner, key) in wanted.items() if owner == name})
+    except RuntimeError as error:
+        raise RuntimeError(f"FAIM blocks of the checkpoint do not fit this faim_cfg; use the checkpoint's own. {error}"
+                           ) from error  # fmt: skip
 
 
 def check_backbone(model: nn.Module, backbone: StateDict, strict: bool) -> None:

@@ -1,13 +1,16 @@
-"""``faim_cfg``: the JSON-able head options of a model, checked against the signature of FAIMHead."""
+"""``faim_cfg``: the JSON-able options of a model's FAIM heads and blocks, checked against their defaults."""
 
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
+from timm_faim.block.chart import BASES
 from timm_faim.head import FAIMHead
 
 PREFIX = "faim_"  # of the twins' names
+_BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,
+                  "block_shared": False}  # fmt: skip
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
 
 
@@ -17,9 +20,19 @@ def nearest(name: str, known: Iterable[str]) -> Optional[str]:
 
 
 def head_options() -> dict[str, Any]:
-    """Every ``faim_cfg`` key with its default."""
+    """Every ``faim_cfg`` key of the heads with its default."""
     parameters = inspect.signature(FAIMHead.__init__).parameters
     return {name: p.default for name, p in parameters.items() if name not in _GIVEN_BY_MODEL}
+
+
+def block_options() -> dict[str, Any]:
+    """Every ``faim_cfg`` key of the blocks with its default."""
+    return dict(_BLOCK_OPTIONS)
+
+
+def of_heads(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys of a ``faim_cfg`` that are arguments of FAIMHead."""
+    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS}
 
 
 def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,17 +42,21 @@ def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
         TypeError: not a mapping, or a value of another type than the default's.
         ValueError: an unknown key; the message names the nearest known one.
     """
-    options = head_options()
+    options = head_options() | block_options()
     if faim_cfg is None:
         return options
     if not isinstance(faim_cfg, Mapping):
-        raise TypeError(f"faim_cfg must be a dict of head options, got {type(faim_cfg).__name__}")
+        raise TypeError(f"faim_cfg must be a dict of options, got {type(faim_cfg).__name__}")
     for key, value in faim_cfg.items():
         if key not in options:
             near = nearest(key, options)
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
         options[key] = _checked(key, value, options[key])
+    if options["blocks"] < 0:
+        raise ValueError(f"faim_cfg['blocks'] must be >= 0, got {options['blocks']}")
+    if options["block_base"] not in BASES:
+        raise ValueError(f"faim_cfg['block_base'] must be one of {BASES}, got {options['block_base']!r}")
     return options
 
 

@@ -57,6 +57,9 @@ def convert(
     options = resolve_faim_cfg(faim_cfg)
     if reason := contradiction(faim_cfg or {}):
         raise ValueError(f"faim_cfg {reason}")
+    if options["blocks"]:
+        raise ValueError(f"faim_cfg blocks={options['blocks']}: blocks are put in when a model is created, under its "
+                         "faim_ name with pretrained=True")  # fmt: skip
     layers = classifier_layers(model)
     if not layers:
         raise ValueError(f"{arch} has no classifier to convert; create it with the classes of its weights")

@@ -25,8 +25,17 @@ from torch import nn
 from timm_faim.head.convert import contradiction
 
 from .attach import attach_heads
-from .checkpoint import check_backbone, load_heads, read_faim_state_dict, read_published, split_heads
-from .config import PREFIX, resolve_faim_cfg
+from .blocks import insert_charts
+from .checkpoint import (
+    check_backbone,
+    load_charts,
+    load_heads,
+    read_faim_state_dict,
+    read_published,
+    split_charts,
+    split_heads,
+)
+from .config import PREFIX, of_heads, resolve_faim_cfg
 from .convert import convert
 from .published import Entry, published
 from .saved import SOURCES, check_source
@@ -115,13 +124,14 @@ def _create(
         pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
     )
     if kwargs.get("features_only"):
-        return model
+        return insert_charts(model, arch, faim_cfg, kwargs)
     if num_classes is None:
         _say_default_classes(model, arch)
     why_not = _not_convertible(model, arch, given_cfg) if pretrained else "no weights"
     if why_not is None:
-        return convert(model, faim_cfg=given_cfg)
+        return insert_charts(convert(model, faim_cfg=of_heads(given_cfg)), arch, faim_cfg, kwargs)
     _attach(model, arch, faim_cfg)
+    insert_charts(model, arch, faim_cfg, kwargs)
     if pretrained and model.num_classes > 0:
         tag = model.pretrained_cfg.get("tag") or "default"
         _logger.info(f"{PREFIX}{arch}: backbone weights loaded ({tag}), the FAIM head starts fresh: {why_not}")
@@ -144,7 +154,8 @@ def _not_convertible(model: nn.Module, arch: str, given_cfg: Optional[dict[str, 
 def _create_from_checkpoint(
     arch: str, source: PretrainedCfg, state_dict: dict[str, Any], faim_cfg: dict[str, Any], **kwargs: Any
 ) -> nn.Module:
-    backbone, heads = split_heads(state_dict)
+    backbone, charts = split_charts(state_dict)
+    backbone, heads = split_heads(backbone)
     kwargs.setdefault("num_classes", source.num_classes)
     # num_classes=-1 differs from every model's: timm then loads without a classifier, through its own filters
     weights_only = replace(
@@ -152,12 +163,16 @@ def _create_from_checkpoint(
     )
     model = model_entrypoint(arch)(pretrained=True, pretrained_cfg=weights_only.to_dict(), **kwargs)
     if kwargs.get("features_only"):
+        insert_charts(model, arch, faim_cfg, kwargs)
+        load_charts(model, charts)
         return model
     model.pretrained_cfg.clear()  # the same dict is default_cfg
     model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())
     _attach(model, arch, faim_cfg)
     check_backbone(model, backbone, strict=model.num_classes == source.num_classes)
     load_heads(model, heads)
+    insert_charts(model, arch, faim_cfg, kwargs)
+    load_charts(model, charts)
     return model
 
 
@@ -177,7 +192,7 @@ def _create_published(
     model = model_entrypoint(arch)(pretrained=False, pretrained_cfg=source.to_dict(), **kwargs)
     if not kwargs.get("features_only"):
         _attach(model, arch, faim_cfg)
-    return model
+    return insert_charts(model, arch, faim_cfg, kwargs)
 
 
 def _attach(model: nn.Module, arch: str, faim_cfg: dict[str, Any]) -> None:

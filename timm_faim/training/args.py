@@ -200,7 +200,7 @@ def _check_values(args: argparse.Namespace) -> None:
                     "lr_cycle_limit", "recount", "views")
     not_negative = ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "cache_views",
                     "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats",
-                    "samples_per_class")
+                    "samples_per_class", "faim_blocks")
     positive = ("lr_scale_backbone", "lr_scale_mu", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda",
                 "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul", "clip_grad", "crop_pct",
                 "contrastive_temperature", "contrastive_margin")

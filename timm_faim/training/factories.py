@@ -55,7 +55,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         if path and not Path(path).is_file():
             raise UserError(f"{flag} {path} is no file")
     set_fast_norm(args.fast_norm)
-    given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=_head_options(args))
+    given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=_faim_options(args))
     given.update((key, getattr(args, option)) for option, key in ARGUMENTS.items() if getattr(args, option) is not None)
     if args.pretrained_path:  # -1 classes: the classifier is left out unless it fits, as with timm's own weights
         given["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
@@ -92,11 +92,15 @@ def compares_with_zero(args: argparse.Namespace) -> bool:
     return not args.eval_only and (args.multi_label or loss_name(args) in ("bce", "asl"))
 
 
-def _head_options(args: argparse.Namespace) -> dict[str, Any] | None:
-    """--faim-cfg; a loss that compares logits with 0 needs the class prior, since -γ d alone is never positive."""
+def _faim_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """--faim-cfg and --faim-blocks; a loss that compares logits with 0 needs the class prior, since -γ d alone is
+    never positive."""
+    given = args.faim_cfg
+    if args.faim_blocks:
+        given = {**(given or {}), "blocks": args.faim_blocks}
     if not compares_with_zero(args) or not args.model.startswith("faim_"):
-        return args.faim_cfg
-    options = {"prior": True, **(args.faim_cfg or {})}
+        return given
+    options = {"prior": True, **(given or {})}
     if not options["prior"]:
         raise UserError(f"--faim-cfg prior=False does not go with the {loss_name(args)} loss: logits -γ d are never "
                         "above 0, and no class would be predicted. Leave it out")

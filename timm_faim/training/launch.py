@@ -9,6 +9,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedD
 from accelerate.utils import DistributedType, TorchDynamoPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from timm_faim import FAIMChart
+from timm_faim.models.attach import timm_class
 from timm_faim.training.errors import UserError
 
 
@@ -80,6 +82,10 @@ def wrap_repeated_blocks(accelerator: Accelerator, model: torch.nn.Module) -> No
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     if plugin is None:
         return
+    charts = [module for module in model.modules() if isinstance(module, FAIMChart)]
+    if len({id(chart.metric) for chart in charts}) < len(charts):
+        raise UserError("block_shared=True does not go with FSDP, which gathers the weights of one block at a time. "
+                        "Leave it out, or train without FSDP")
     model.to(memory_format=torch.contiguous_format)  # all that FSDP2 shards; images stay channels-last
     if not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(model)
@@ -91,7 +97,7 @@ def repeated_blocks(model: torch.nn.Module) -> list[str]:
     for module in model.modules():
         if isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)) and len(module) > 1:
             kinds = {type(child) for child in module if any(True for _ in child.parameters())}
-            if len(kinds) == 1:
+            if len({timm_class(kind) for kind in kinds}) == 1:
                 names.update(kind.__name__ for kind in kinds if not kind.__module__.startswith("torch.nn"))
     return sorted(names)
 

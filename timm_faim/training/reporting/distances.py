@@ -60,7 +60,7 @@ class HeadDistances:
         prototypes = self.head.embed(self.head.mu.detach()[classes.to(self.head.mu.device)].cpu().double())
         v = features - prototypes
         metric = self.metric
-        sigma, tril, beta, lmbda = metric._tensors(torch.float64)
+        sigma, tril, beta, lmbda = metric.tensors(torch.float64)
         riemannian = torch.sqrt(squared_norm(v, sigma, tril, metric.eps) + metric.eps)
         term = one_form_term(torch.mv(v, beta), metric.symmetric, metric.eps, metric._damping(torch.float64))
         return riemannian, lmbda * term
@@ -68,7 +68,7 @@ class HeadDistances:
     @torch.no_grad()
     def geometry(self) -> Geometry:
         """λ, γ, the spectrum of Σ and the size of β."""
-        sigma, _, beta, lmbda = self.metric._tensors(torch.float64)
+        sigma, _, beta, lmbda = self.metric.tensors(torch.float64)
         if sigma is not None:
             spectrum, whitened = sigma, beta / sigma.sqrt()
         else:
