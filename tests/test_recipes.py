@@ -14,7 +14,7 @@ from timm_faim.training.args import parse_args
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "timm_faim" / "configs").glob("*.yaml"))
 FINE_TUNING = [path for path in RECIPES if path.stem.startswith("finetune")]
-TINY_MODEL = {"finetune_vit": "test_vit"}  # test_resnet for the others
+TINY_MODEL = {"finetune_vit": "test_vit", "finetune_vit_abc": "test_vit"}  # test_resnet for the others
 # What a generated folder needs instead of a recipe's own data and weights; the rest stays as the recipe says.
 SMALL = ["--no-pretrained", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4",
          "--workers", "0", "--cpu-threads", "1", "--no-report"]
@@ -36,8 +36,8 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"))
 
 
-def test_there_are_three():
-    assert [path.stem for path in RECIPES] == ["finetune_cnn", "finetune_vit", "omniglot"]
+def test_there_are_four():
+    assert [path.stem for path in RECIPES] == ["finetune_cnn", "finetune_vit", "finetune_vit_abc", "omniglot"]
 
 
 @by_name(RECIPES)
