@@ -72,7 +72,7 @@ def test_units_of_sharding_are_the_repeated_blocks():
     assert repeated_blocks(build()) == ["Block"]
     assert repeated_blocks(timm.create_model("resnet18")) == ["BasicBlock"]
     charted = timm.create_model("faim_vit_tiny_patch16_224", faim_cfg=dict(blocks=2))
-    assert repeated_blocks(charted) == ["Block", "FAIMBlock"]
+    assert repeated_blocks(charted) == ["Block", "ChartedBlock"]
     charted = timm.create_model("faim_vit_tiny_patch16_224", faim_cfg=dict(blocks=2, block_shared=True))
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=object()))
     with pytest.raises(UserError, match="block_shared=True does not go with FSDP"):

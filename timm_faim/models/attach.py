@@ -176,7 +176,7 @@ _MADE: set[type] = set()
 @cache
 def subclass(base: type, mixin: type) -> type:
     namespace = {"__module__": base.__module__, "__annotations__": dict(getattr(base, "__annotations__", {}))}
-    made = type(f"FAIM{base.__name__}", (mixin, base), namespace)
+    made = type(getattr(mixin, "name_prefix", "FAIM") + base.__name__, (mixin, base), namespace)
     _MADE.add(made)
     return made
 

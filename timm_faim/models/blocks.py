@@ -1,17 +1,16 @@
 """FAIM blocks inside a timm model: charts around its last blocks, which keep their weights' names.
 
-Blocks are what the model's own ``group_matcher`` tells apart. A block qualifies if it takes and gives one tensor of the
-same shape; which ones do is seen on a copy of the model on the meta device, without arithmetic.
+Blocks are what the model's own ``group_matcher`` names. A block qualifies if it is called once, with one tensor, and
+gives one of the same shape; which ones do is seen on a copy of the model on the meta device, without arithmetic.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Optional
 
 import torch
-from timm.data import resolve_input_data_config
-from timm.models import group_parameters, model_entrypoint
+from timm.models import get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_faim.block import FAIMChart
@@ -20,9 +19,15 @@ from timm_faim.metric import FAIMMetric
 from .attach import reduce_by_base, subclass
 from .config import PREFIX
 
+_ROWS = (nn.Sequential, nn.ModuleList)
+_NORM = re.compile("(Batch|Group|Layer|Rms|Simple)Norm")  # of torch and timm
+_FIRST = re.compile("2d|BatchNorm")  # those with features at dimension 1
+
 
 class ChartedMixin:
     """A block that works in the coordinates of its ``faim_chart``."""
+
+    name_prefix = "Charted"
 
     def forward(self, x, *args, **kwargs):
         p = self.faim_chart.base_point(x)
@@ -91,66 +96,106 @@ def block_places(arch: str, arguments: Mapping[str, Any]) -> list[Place]:
     arguments = {key: value for key, value in arguments.items() if key not in ("features_only", "out_indices")}
     with torch.device("meta"):
         model = model_entrypoint(arch)(pretrained=False, **arguments).eval()
-    candidates = _candidates(model)
-    seen: dict[str, list[tuple[Any, Any]]] = {name: [] for name in candidates}
-    for name, calls in seen.items():
-        candidates[name].register_forward_hook(lambda _, inputs, output, calls=calls: calls.append((inputs, output)))
+    calls = {name: _Calls(block) for name, block in _candidates(model).items()}
     with torch.no_grad():
-        model(torch.zeros(2, *_input_size(model, arguments), device="meta"))
-    places = (_place(name, candidates[name], calls) for name, calls in seen.items())
+        model(torch.zeros(2, *get_model_input_config(model)["input_size"], device="meta"))
+    default = 1 if str(getattr(model, "output_fmt", "NCHW")) == "NCHW" else 3
+    places = (seen.place(name, default) for name, seen in calls.items())
     return [place for place in places if place is not None]
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that make up timm's layer groups, by name."""
+    """Blocks of a model by name: what the patterns of its ``group_matcher`` name; of stages, their blocks."""
+    named: dict[str, nn.Module] = {}
+    for root in _matched_names(model) or (name for name, _ in model.named_children()):
+        module = _find(model, root, None)
+        if module is not None:
+            named.update(_blocks_within(root, module))
+    return named
+
+
+def _matched_names(model: nn.Module) -> list[str]:
+    """The beginnings of parameter names that timm's patterns for blocks match, such as ``stages.0.blocks.1``."""
     if not hasattr(model, "group_matcher"):
-        return {}
-    groups = group_parameters(model, model.group_matcher(coarse=False))
-    group_of = {name: number for number, names in groups.items() for name in names}
-    kinds = set()
-    for names in groups.values():
-        name = commonprefix(names).rpartition(".")[0]  # the common characters, cut at a dot
-        module = _find(model, name) if name else None
-        if module is not None and len(list(module.parameters())) == len(names):
-            kinds.add(type(module))
-    # a group may hold a norm or a downsampling beside its block: blocks are known by the kinds of the others
-    kinds = {kind for kind in kinds if not kind.__module__.startswith("torch.nn")}
-    blocks: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if type(module) not in kinds or any(name.startswith(f"{outer}.") for outer in blocks):
-            continue
-        if len({group_of[f"{name}.{key}"] for key, _ in module.named_parameters()}) == 1:
-            blocks[name] = module
-    return blocks
+        return []
+    patterns = model.group_matcher(coarse=False)
+    patterns = patterns.get("blocks", ()) if isinstance(patterns, dict) else ()
+    patterns = [patterns] if isinstance(patterns, str) else [pattern for pattern, *_ in patterns]
+    matches = (re.match(pattern, name) for name, _ in model.named_parameters() for pattern in patterns)
+    return list(dict.fromkeys(match.group(0).rstrip(".") for match in matches if match))
 
 
-def _place(name: str, block: nn.Module, calls: list[tuple[Any, Any]]) -> Optional[Place]:
-    """Where a block called once, with one tensor of its output's shape, has its features."""
-    if len(calls) != 1 or not calls[0][0]:
-        return None
-    x, y = calls[0][0][0], calls[0][1]
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dim() in (3, 4)):
-        return None
-    if x.dim() == 3:
-        return Place(name, x.shape[-1], False)
-    widths = {len(parameter) for parameter in block.parameters() if parameter.dim() == 1}
-    axes = [axis for axis in (1, 3) if x.shape[axis] in widths]
-    if not axes:
-        return None
-    axis = max(axes, key=lambda axis: x.shape[axis])
-    return Place(name, x.shape[axis], axis == 1)
+def _blocks_within(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module itself, or the blocks in it where it is a row of them or a stage with ``blocks``."""
+    row = module if isinstance(module, _ROWS) else getattr(module, "blocks", None)
+    if isinstance(row, _ROWS):
+        inner = name if row is module else f"{name}.blocks"
+        for key, child in row.named_children():
+            yield from _blocks_within(f"{inner}.{key}", child)
+    # layers of torch and timm (a norm, a downsampling) are no blocks
+    elif not type(module).__module__.startswith(("torch.nn", "timm.layers")) and any(True for _ in module.parameters()):
+        yield name, module
 
 
-def _input_size(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    return resolve_input_data_config(model, {"img_size": arguments.get("img_size")})["input_size"]
+class _Calls:
+    """What a block was called with, and which layers in it first."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+        self.layers: list[tuple[nn.Module, torch.Size]] = []
+        block.register_forward_hook(lambda _, inputs, output: self.calls.append((inputs, output)))
+        for layer in block.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) or _NORM.match(type(layer).__name__):
+                layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(inputs[0], Tensor):
+            self.layers.append((layer, inputs[0].shape))
+
+    def place(self, name: str, default_axis: int) -> Optional[Place]:
+        """Where a block called once, with one tensor of its output's shape, has its features; None for others."""
+        if len(self.calls) != 1 or not self.calls[0][0]:
+            return None
+        (x, *others), y = self.calls[0]
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dim() in (3, 4)):
+            return None
+        if any(isinstance(other, Tensor) and other.dim() == x.dim() and len(other) == len(x) for other in others):
+            return None  # a second input, which would stay outside of the chart
+        if x.dim() == 3:
+            return Place(name, x.shape[-1], False)
+        axis = self._axis(x, default_axis)
+        return Place(name, x.shape[axis], axis == 1)
+
+    def _axis(self, x: Tensor, default: int) -> int:
+        """Where x has its features, [B, D, H, W] (1) or [B, H, W, D] (3): as the first layer has that gets x, or all of
+        x in another shape."""
+        for layer, shape in self.layers:
+            if shape.numel() != x.numel():
+                continue
+            axis = 1 if isinstance(layer, (nn.Conv2d, nn.GroupNorm)) or _FIRST.search(type(layer).__name__) else -1
+            if shape == x.shape:
+                return axis % 4
+            fits = [place for place in (1, 3) if x.shape[place] == shape[axis]]
+            if len(fits) == 1:
+                return fits[0]
+        return default
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
-    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3."""
+def _find(model: nn.Module, name: str, *default: Any) -> Any:
+    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3.
+
+    Raises:
+        AttributeError: there is none, and no default.
+    """
     if hasattr(model, "model") and not hasattr(model, name.partition(".")[0]):
         model = model.model
     first, _, rest = name.partition(".")
     if not hasattr(model, first):
         second, _, rest = rest.partition(".")
         name = f"{first}_{second}.{rest}" if rest else f"{first}_{second}"
-    return model.get_submodule(name)
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        if default:
+            return default[0]
+        raise
