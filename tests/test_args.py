@@ -284,6 +284,7 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--views 2 --aug-splits 2", "--views and --aug-splits exclude each other"),
     ("--views 2 --mixup 0.2", "--views does not go with --mixup and --cutmix"),
     ("--samples-per-class 2 --dataset wds/", "--samples-per-class does not go with streamed data"),
+    ("--samples-per-class 2 --multi-label --dataset hfds/x", "--samples-per-class does not go with --multi-label"),
     ("--samples-per-class 2 --aug-repeats 3", "--samples-per-class and --aug-repeats exclude each other"),
     ("--contrastive supcon", "needs several images of a class in a batch: give --samples-per-class 4, or --views 2"),
     ("--contrastive supcon --views 2 --kd-model-name x", "--contrastive does not go with --kd-model-name"),
@@ -304,7 +305,7 @@ def test_options_that_do_not_go(argv, message):
 
 
 @pytest.mark.parametrize("flag", ["--stages 1 2", "--freeze-gamma", "--lr-scale-metric 2", "--lr-scale-scalars 2",
-                                  "--lr-scale-lambda 2", "--contrastive supcon", "--samples-per-class 2"])
+                                  "--lr-scale-lambda 2", "--contrastive supcon", "--faim-blocks 2"])
 def test_options_of_faim_models_on_a_plain_one(recipe, flag):
     with pytest.raises(UserError, match=f"{flag.split()[0]} is for FAIM models"):
         parse_args(["--data-dir", "d", "--model", "resnet18", *flag.split()])

@@ -1,5 +1,6 @@
 """FAIM blocks inside timm models: outputs and names of the backbone stay; what timm and PyTorch do with models goes."""
 import copy
+import json
 import pickle
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 from accelerate.utils import is_torch_version
 from children import in_group
-from runs import make_images, read_summary, train_tiny
+from runs import make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import nn
@@ -119,6 +120,26 @@ def test_pretrained_weights_keep_their_classes(tmp_path):
         assert torch.equal(model.forward_features(x), plain.forward_features(x))
         assert torch.equal(model(x).argmax(1), plain(x).argmax(1))
     assert len(charts_of(model)) == 1
+    save_model(model, tmp_path / "saved")
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()(x), model(x))
+
+
+def test_a_backbone_without_classes_comes_back(tmp_path):
+    model = disturb(timm.create_model("faim_test_vit", num_classes=0, faim_cfg=dict(blocks=1)).eval())
+    save_model(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images("test_vit")), model(images("test_vit")))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_tiny_patch16_224"])
+def test_fewer_stages_leave_their_charts_out(tmp_path, arch):
+    model = disturb(create(arch, blocks=1))
+    save_model(model, tmp_path)
+    x = images(arch)
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 1))
+    features.eval()
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(features(x), expected, strict=True))
 
 
 @pytest.mark.parametrize("cfg", [dict(blocks=2), dict(blocks=2, block_base="mlp", block_shared=True),
@@ -252,6 +273,22 @@ def test_training_moves_the_charts_and_saves_them(tmp_path):
     assert "train_lr_sigma" in read_summary(run)[0]
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
     assert len(charts_of(model)) == 1 and model.faim_cfg["blocks"] == 1
+
+
+def test_evaluation_alone_is_that_of_the_run(tmp_path):
+    data = make_images(tmp_path / "images")
+    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--faim-cfg", "normalize=True", "scale_init=16.0")
+    train("--eval-only", "--resume", run, "--output", tmp_path, "--experiment", "again", "--workers", "0")
+    best = max(read_summary(run), key=lambda row: float(row["eval_top1"]))
+    found = json.loads((tmp_path / "again" / "eval.json").read_text())["metrics"]
+    assert found["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
+
+
+def test_blocks_for_a_saved_model_need_all_its_options(tmp_path):
+    data = make_images(tmp_path / "images")
+    save_model(create("test_resnet"), tmp_path / "saved")
+    with pytest.raises(UserError, match="--faim-blocks with the saved model .* Give them all"):
+        train_tiny(data, tmp_path, "--faim-blocks", "1", model=f"local-dir:{tmp_path / 'saved'}")
 
 
 def test_blocks_that_are_not_there_end_a_training_before_it_begins(tmp_path):

@@ -1,5 +1,6 @@
 """Contrastive losses in training: batches of classes, views, the losses on record, several processes, resuming."""
 import argparse
+import copy
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from timm.data.loader import fast_collate
 from torch import nn
 
 from timm_faim import FAIMHead, TargetMargin
+from timm_faim.training import class_sampling
 from timm_faim.training.args import parse_args
 from timm_faim.training.class_sampling import ClassSampler
 from timm_faim.training.contrastive import ContrastiveTask, Views, parse_losses
@@ -30,7 +32,7 @@ def batches(rank=0, processes=1, epoch=0, K=3, P=3):
     sampler = ClassSampler(TARGETS, K * P, K, processes, rank, seed=1)
     sampler.set_epoch(epoch)
     indices = list(sampler)
-    assert len(indices) == len(sampler) == len(TARGETS) // (K * P * processes) * K * P
+    assert len(indices) == len(sampler) == -(-len(TARGETS) // processes) // (K * P) * K * P
     return [indices[i:i + K * P] for i in range(0, len(indices), K * P)]
 
 
@@ -65,7 +67,7 @@ def test_a_class_with_fewer_images_than_k_repeats_some():
 
 @pytest.mark.parametrize("batch_size, K, processes, message", [
     (10, 3, 1, "must divide"), (22, 2, 1, "takes 11 classes a step, and the data have 10"),
-    (12, 2, 2, "takes 12 classes"),
+    (12, 2, 2, "takes 12 classes"), (100, 20, 1, "is larger than the training data"),
 ])
 def test_batches_that_cannot_be_made(batch_size, K, processes, message):
     with pytest.raises(UserError, match=message):
@@ -176,6 +178,37 @@ def test_features_of_convolutional_heads_and_of_tokens():
     model.forward = lambda x: x.mean((2, 3))
     with pytest.raises(UserError, match="which this model does not call"):
         task(x, target)
+
+
+def test_a_frozen_head_still_gives_its_features(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--contrastive", "supcon", "--views", "2", "--freeze", "fc", "--model-ema")
+    assert all(float(row["train_supcon_loss"]) > 0 for row in read_summary(run))
+
+
+def test_the_average_of_the_weights_does_not_copy_the_task():
+    model, task = build_task(["supcon"])
+    average = copy.deepcopy(model)
+    (tap,) = average.get_classifier()._forward_pre_hooks.values()
+    assert tap is task._tap
+    average(torch.randn(2, 3, 32, 32))
+    assert task._tap.features is None
+
+
+def test_single_losses_of_an_epoch_that_began_with_others_are_left_out(images, tmp_path):
+    options = ("--views", "2", "--epochs", "1", "--recovery-interval", "2")
+    run = train_tiny(images, tmp_path, "--contrastive", "supcon:0.2", *options)
+    (whole,) = read_summary(run)
+    assert "train_supcon_loss" in whole
+    (at,) = (path for path in (run / "checkpoints").iterdir() if path.name.startswith("checkpoint-0000-"))
+    train_tiny(images, tmp_path, "--contrastive", "supcon:0.2", "npair", *options, "--resume", at)
+    (row,) = read_summary(run)
+    assert not {"train_supcon_loss", "train_npair_loss"} & set(row)
+
+
+def test_classes_that_a_data_set_does_not_tell(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(class_sampling, "targets_of", lambda dataset: None)
+    with pytest.raises(UserError, match="--samples-per-class needs to know the class of every image"):
+        train_tiny(images, tmp_path, "--contrastive", "supcon", "--samples-per-class", "2")
 
 
 def test_several_heads_are_refused(images, tmp_path):

@@ -39,7 +39,7 @@ class FAIMBlock(nn.Module):
         **chart: Any,
     ) -> None:
         super().__init__()
-        if isinstance(inner, str) and inner not in _INNER:
+        if not (isinstance(inner, nn.Module) or inner in _INNER):
             raise ValueError(f"inner must be a module or one of {tuple(_INNER)}, got {inner!r}")
         if residual not in _RESIDUALS:
             raise ValueError(f"residual must be one of {_RESIDUALS}, got {residual!r}")

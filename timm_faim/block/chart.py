@@ -1,8 +1,7 @@
 """FAIMChart: a metric with a base point, the coordinates in which a FAIM block works."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from timm.layers import Mlp
@@ -96,11 +95,6 @@ class FAIMChart(nn.Module):
     def exp(self, w: Tensor, p: Tensor) -> Tensor:
         """exp_p(w), see :func:`timm_faim.exp_map`."""
         return exp_map(w, p, self.metric, 1 if self.channels_first else -1)
-
-    def through(self, inner: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """exp_p(inner(log_p(x), ...)) with p = p(x)."""
-        p = self.base_point(x)
-        return self.exp(inner(self.log(x, p), *args, **kwargs), p)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base}, channels_first={self.channels_first}"

@@ -1,7 +1,7 @@
 """What the losses share: their metric, the checks of their input, references, and the mean over what counts."""
 
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,9 @@ class FAIMLoss(MetricHolder, nn.Module):
         """
         self.check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         x_BD = self.embed(embeddings)
-        is_own = ref_emb is None or ref_emb is embeddings
+        if len(x_BD) == 0:
+            return x_BD.sum()
+        is_own = are_own(embeddings, labels, ref_emb, ref_labels)
         y_ND = x_BD if is_own else self.embed(ref_emb)
         ref_labels = labels if is_own else ref_labels
         own: Optional[int] = 0 if is_own else None
@@ -186,6 +188,11 @@ class FAIMLoss(MetricHolder, nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.metric.in_features}, normalize={self.normalize}, cross_rank={self.cross_rank}"
+
+
+def are_own(embeddings: Tensor, labels: Any, ref_emb: Optional[Tensor], ref_labels: Any) -> bool:
+    """Whether the references are the embeddings themselves, so that none is compared with itself."""
+    return ref_emb is None or ref_emb is embeddings and (ref_labels is None or ref_labels is labels)
 
 
 def check_labels(labels: Optional[Tensor], count: int, name: str = "labels") -> None:

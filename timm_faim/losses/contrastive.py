@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from .base import FAIMLoss, check_positive
+from .base import FAIMLoss, are_own, check_positive
 from .processes import gather_all, gather_with_gradient, rank, world_size
 
 _FORMS = ("ntxent", "supcon")
@@ -98,7 +98,7 @@ class FAIMNPairLoss(FAIMLoss):
             raise ValueError("FAIMNPairLoss chooses one pair per class by labels and takes no indices_tuple")
         self.check(embeddings, labels, None, ref_emb, ref_labels)
         x_BD = self.embed(embeddings)
-        is_own = ref_emb is None or ref_emb is embeddings
+        is_own = are_own(embeddings, labels, ref_emb, ref_labels)
         y_ND, ref_labels = (x_BD, labels) if is_own else (self.embed(ref_emb), ref_labels)
         first, all_labels = 0, labels
         if self.is_gathered():
@@ -113,10 +113,6 @@ class FAIMNPairLoss(FAIMLoss):
             return self._reduced(losses_P, embeddings[rows], labels[rows])
         processes = world_size() if self.is_gathered() else 1
         return losses_P.sum() * (processes / max(1, len(anchors)))
-
-    def row_losses(self, distance_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
-        """Not used: pairs are chosen per class."""
-        raise NotImplementedError
 
 
 def _pairs(labels: Tensor, ref_labels: Tensor, is_own: bool) -> tuple[Tensor, Tensor]:

@@ -82,10 +82,10 @@ class FAIMMarginLoss(nn.Module):
         logits = self.head(embeddings)
         margins = self.margins.to(logits.device)[labels.clamp_min(0)]
         logits = subtract_margin(logits, labels, self.head.gamma() * margins)
+        losses = cross_entropy(logits, labels.long(), reduction="none")
         if self.reducer is None:
-            return cross_entropy(logits, labels)
+            return losses.sum() / (labels != IGNORED).sum().clamp_min(1)
         indices = torch.arange(len(labels), device=logits.device)
-        losses = cross_entropy(logits, labels, reduction="none")
         element = {"losses": losses, "indices": indices, "reduction_type": "element"}
         return self.reducer({"loss": element}, embeddings, labels)
 

@@ -17,7 +17,7 @@ from timm_faim.block import FAIMChart
 from timm_faim.metric import FAIMMetric
 
 from .attach import reduce_by_base, subclass
-from .config import PREFIX
+from .config import PREFIX, block_options
 
 _ROWS = (nn.Sequential, nn.ModuleList)
 _NORM = re.compile("(Batch|Group|Layer|Rms|Simple)Norm")  # of torch and timm
@@ -53,7 +53,7 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
         model: made by timm's entry of ``arch``, possibly with ``features_only``.
         arch: timm's name.
         faim_cfg: resolved options.
-        arguments: what the model was made with.
+        arguments: what the model was made with; ``out_indices`` may leave some of the blocks out.
 
     Returns:
         The model.
@@ -64,6 +64,8 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
     count = faim_cfg["blocks"]
     if count == 0:
         return model
+    if hasattr(model, "faim_cfg"):  # a converted head's
+        model.faim_cfg.update((key, faim_cfg[key]) for key in block_options())
     places = block_places(arch, arguments)
     if count > len(places):
         have = f"{len(places)}: {', '.join(place.name for place in places)}" if places else "none"
@@ -71,7 +73,9 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
                          f"has {have}. Ask for {'no more than that' if places else 'blocks=0'}")  # fmt: skip
     shared: Optional[FAIMMetric] = None
     for place in places[len(places) - count :]:
-        block = _find(model, place.name)
+        block = _find(model, place.name, *([None] if arguments.get("features_only") else []))
+        if block is None:  # a stage that out_indices leave out
+            continue
         like = next(block.parameters())
         options = {"full_sigma": faim_cfg["block_full_sigma"], "symmetric": faim_cfg["block_symmetric"]}
         if shared is not None and shared.in_features != place.dim:

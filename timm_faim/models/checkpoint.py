@@ -42,7 +42,7 @@ def read_faim_state_dict(
         state_dict = load_state_dict(str(file))
     else:
         return None
-    return state_dict if _head_names(state_dict) else None
+    return state_dict if _head_names(state_dict) or any(CHART in key for key in state_dict) else None
 
 
 def read_published(entry: Entry, cache_dir: Union[None, str, Path] = None) -> StateDict:
@@ -89,8 +89,13 @@ def split_charts(state_dict: StateDict) -> tuple[StateDict, StateDict]:
     return {key: value for key, value in state_dict.items() if key not in charts}, charts
 
 
-def load_charts(model: nn.Module, saved: StateDict) -> None:
+def load_charts(model: nn.Module, saved: StateDict, is_part: bool = False) -> None:
     """Load the charts of FAIM blocks; those of a checkpoint without any stay the identity, with one log line.
+
+    Args:
+        model: has the charts.
+        saved: their entries of a checkpoint.
+        is_part: the model may lack blocks of the checkpoint (``features_only`` with ``out_indices``).
 
     Raises:
         RuntimeError: the checkpoint has other blocks than the model, or of another shape.
@@ -104,6 +109,8 @@ def load_charts(model: nn.Module, saved: StateDict) -> None:
     # timm's feature extractors write stages_3 for stages.3, or model.stages for stages
     by_name = {key.removeprefix("model.").replace("_", "."): key for key in wanted}
     found = {by_name.get(key.replace("_", "."), key): value for key, value in saved.items()}
+    if is_part:
+        found = {key: value for key, value in found.items() if key in wanted}
     if found.keys() != wanted.keys():
         places = sorted({key.partition(CHART)[0] for key in saved})
         raise RuntimeError(f"the checkpoint has FAIM blocks at {', '.join(places)}, this model {len(charts)} others or "

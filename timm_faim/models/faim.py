@@ -164,7 +164,7 @@ def _create_from_checkpoint(
     model = model_entrypoint(arch)(pretrained=True, pretrained_cfg=weights_only.to_dict(), **kwargs)
     if kwargs.get("features_only"):
         insert_charts(model, arch, faim_cfg, kwargs)
-        load_charts(model, charts)
+        load_charts(model, charts, is_part=True)
         return model
     model.pretrained_cfg.clear()  # the same dict is default_cfg
     model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())

@@ -81,7 +81,7 @@ def _choose_evaluated(parser: Parser, args: argparse.Namespace, experiment: str)
             if action.dest in TRAINING_ONLY:
                 setattr(args, action.dest, action.default)
         args.model, args.resume, args.initial_checkpoint, args.pretrained_path = f"local-dir:{folder}", "", "", None
-        args.faim_cfg, args.model_kwargs = None, {}
+        args.faim_cfg, args.faim_blocks, args.model_kwargs = None, None, {}
     args.pretrained = not args.initial_checkpoint
 
 
@@ -322,6 +322,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.views > 1 and mixes, "--views does not go with --mixup and --cutmix"),
         (args.samples_per_class and kind in STREAMED,
          f"--samples-per-class does not go with streamed data (--dataset {args.dataset})"),
+        (args.samples_per_class and args.multi_label, "--samples-per-class does not go with --multi-label"),
         (args.samples_per_class and args.aug_repeats, "--samples-per-class and --aug-repeats exclude each other"),
         # what learns
         (len(partly) > 1, f"{' and '.join(partly)} exclude each other"),

@@ -60,7 +60,10 @@ class ClassSampler:
             raise UserError(f"--batch-size {batch_size} with --samples-per-class {samples_per_class} takes "
                             f"{self.classes * processes} classes a step, and the data have {len(self.images)}. Choose "
                             "a smaller --batch-size or more --samples-per-class")
-        self.steps = len(targets) // (batch_size * processes)
+        self.steps = -(-len(targets) // processes) // batch_size  # as with timm's samplers
+        if not self.steps:
+            raise UserError(f"--batch-size {batch_size} is larger than the training data ({len(targets)} images for "
+                            f"{processes} process(es)). Choose a smaller --batch-size")
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the batches of this epoch from now on."""

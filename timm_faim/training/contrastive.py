@@ -52,6 +52,24 @@ def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
     return FAIMInfoNCELoss(temperature=args.contrastive_temperature, form=form, **common)
 
 
+class _Tap:
+    """Keeps what goes into a head, while it is open: a forward pre-hook.
+
+    A copy of the model (the average of the weights) has the same tap, which is open within a training step only.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.features: torch.Tensor | None = None
+
+    def __call__(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self.is_open:
+            self.features = inputs[0]
+
+    def __deepcopy__(self, memo: dict) -> "_Tap":
+        return self
+
+
 class ContrastiveTask(ClassificationTask):
     """timm's classification task with contrastive losses on the inputs of the model's FAIM head.
 
@@ -76,8 +94,8 @@ class ContrastiveTask(ClassificationTask):
         self.factors = dict(zip((WARM_UP, TUNE_METRIC, FINE_TUNE), args.contrastive_stages or (1, 1, 1), strict=True))
         self.factor = 1.0
         self._head = (heads[0],)  # in a tuple: the model owns it
-        self._features: torch.Tensor | None = None
-        heads[0].register_forward_pre_hook(self._keep_features)
+        self._tap = _Tap()
+        heads[0].register_forward_pre_hook(self._tap)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -90,7 +108,9 @@ class ContrastiveTask(ClassificationTask):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Losses of images [B, channels, H, W] and classes [B]: timm's dictionary, with each loss in `parts`."""
+        self._tap.is_open = True
         result = super().forward(input, target)
+        self._tap.is_open = False
         features = self._take_features()
         parts = {"class_loss": result["loss"]}
         for name, loss in self.contrastive.items():
@@ -98,16 +118,12 @@ class ContrastiveTask(ClassificationTask):
             result["loss"] = result["loss"] + self.factor * self.weights[name] * parts[f"{name}_loss"]
         return result | {"parts": parts}
 
-    def _keep_features(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if head.training and head is self._head[0]:  # not the copy that averages the weights
-            self._features = inputs[0]
-
     def _take_features(self) -> torch.Tensor:
         """The features [B, D] of the forward pass just made, averaged over places and tokens."""
-        features, self._features = self._features, None
+        features, self._tap.features = self._tap.features, None
         if features is None:
-            raise UserError("--contrastive needs the input of the FAIM head, which this model does not call in "
-                            "training. Choose another model")
+            raise UserError("--contrastive needs the input of the FAIM head, which this model does not call. Choose "
+                            "another model")
         return mean_input(self._head[0], features)
 
 

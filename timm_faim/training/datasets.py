@@ -260,7 +260,10 @@ def targets_of(dataset: Dataset | None) -> list[int] | None:
         return [int(target) for _, target in reader.samples]
     column = getattr(reader, "label_key", None)
     targets = reader.dataset[column] if column and hasattr(reader, "dataset") else getattr(reader, "targets", None)
-    return None if targets is None else [int(target) for target in targets]
+    try:
+        return None if targets is None else [int(target) for target in targets]
+    except (TypeError, ValueError):  # lists or names
+        return None
 
 
 def _class_to_idx(dataset: Dataset | None) -> dict[str, int] | None:

@@ -96,7 +96,10 @@ def _faim_options(args: argparse.Namespace) -> dict[str, Any] | None:
     """--faim-cfg and --faim-blocks; a loss that compares logits with 0 needs the class prior, since -γ d alone is
     never positive."""
     given = args.faim_cfg
-    if args.faim_blocks:
+    if args.faim_blocks is not None:
+        if ":" in args.model and given is None:
+            raise UserError(f"--faim-blocks with the saved model {args.model} would put the other options of its head "
+                            "back to their defaults. Give them all: --faim-cfg KEY=VALUE ... and --faim-blocks")
         given = {**(given or {}), "blocks": args.faim_blocks}
     if not compares_with_zero(args) or not args.model.startswith("faim_"):
         return given

@@ -13,7 +13,7 @@ from timm_faim.training.errors import UserError
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
 FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "damp_epochs", "stages", "freeze_gamma", "lr_scale_metric",
              "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature", "contrastive_margin",
-             "contrastive_stages", "views", "samples_per_class")
+             "contrastive_stages")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
@@ -126,7 +126,7 @@ def _faim(parser: Parser) -> None:
     add = parser.add_argument_group("FAIM head").add_argument
     add("--faim-cfg", nargs="*", action=ParseKwargs, default=None, metavar="KEY=VALUE",
         help="options of the head, for example normalize=True margin=0.2; replaces those of the recipe")
-    add("--faim-blocks", type=int, default=0, metavar="N",
+    add("--faim-blocks", type=int, metavar="N",
         help="log and exp maps around the last N blocks; the same as --faim-cfg blocks=N")
     add("--head-init", choices=("random", "data"), default="random",
         help="data: class means and within-class variance of the backbone's features")

@@ -53,6 +53,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
                         f"{accelerator.device.type} process(es). Launch on several GPUs, or leave --fsdp out")
     if sharded and args.model_ema:
         raise UserError("--model-ema cannot average a sharded model. Leave it out, or train without FSDP")
+    if sharded and args.contrastive:
+        raise UserError("--contrastive reads the head's metric outside of the model, where FSDP shards it. Leave it "
+                        "out, or train without FSDP")
     if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError("FSDP1 is not supported. Set fsdp_version: 2 in the configuration of accelerate, or use --fsdp")
     share_out_cores(args, accelerator)

@@ -204,6 +204,8 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
         exempt = classifier_parameters(run.model)
         head = {id(p) for name, p in run.model.named_parameters() if name in exempt}
         clipped = [p for p in clipped if id(p) not in head]
+    # of an epoch that began with other losses (an option has changed since) the single losses are not known
+    has_parts = progress.step == 0 or set(progress.parts) == set(getattr(task, "part_names", ()))
     record = _EpochRecord(run)
     reader = LateReader(record.consume)
     run.enter_stage()
@@ -262,7 +264,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     reader.flush()
     record.keep_time()
     record.bar.close()
-    parts = {name: value / progress.samples for name, value in progress.parts.items()}
+    parts = {name: value / progress.samples for name, value in progress.parts.items() if has_parts}
     return {"loss": progress.loss_sum / progress.samples, **parts, "top1": 100 * progress.hits / progress.samples,
             "images_per_s": round(progress.samples / progress.seconds, 1), "seconds": round(progress.seconds, 2)}
 

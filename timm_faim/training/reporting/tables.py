@@ -143,5 +143,6 @@ def _json_number(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
+    """Versions of this package and of what it stands on."""
     modules = {"timm_faim": timm_faim, "timm": timm, "torch": torch, "accelerate": accelerate}
     return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
