@@ -76,7 +76,7 @@ def test_fused_gradients_equal_those_of_the_literal_formula_at_a_blocked_width(f
         x = torch.nn.functional.normalize(x, dim=-1).detach().requires_grad_()
         inputs[0] = x
     fused = torch.autograd.grad((metric.scaled_distance(x, y, None, unit) * weights).sum(), inputs)
-    _, _, beta, lmbda = metric._tensors(torch.float64)
+    _, _, beta, lmbda = metric.tensors(torch.float64)
     points_y = torch.nn.functional.normalize(y, dim=-1) if unit else y
     literal = reference_distance(x, points_y, metric.sigma(), beta, lmbda, metric.eps, symmetric)
     for got, want in zip(fused, torch.autograd.grad((literal * weights).sum(), inputs), strict=True):
@@ -119,7 +119,7 @@ def test_randers_stays_positive_whatever_the_parameters(full, size):
     with torch.no_grad():
         metric.beta.mul_(size)
         metric.lmbda.fill_(-size)
-    sigma, beta, lmbda = metric.sigma(), metric._tensors(torch.float64)[2], metric.lmbda.abs()
+    sigma, beta, lmbda = metric.sigma(), metric.tensors(torch.float64)[2], metric.lmbda.abs()
     assert (lmbda**2 * beta @ torch.linalg.solve(sigma, beta)).item() < 1
     worst = -torch.linalg.solve(sigma, beta)  # the direction in which the 1-form is most negative
     assert metric.norm(worst).item() > 0
@@ -188,7 +188,7 @@ def test_nothing_of_size_bcd_is_allocated(full, symmetric, form):
     x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
     y = torch.randn(C, D, dtype=torch.float64, requires_grad=True)
     unit = form.endswith("unit")
-    sigma, tril, beta, lmbda = metric._tensors(torch.float64)
+    sigma, tril, beta, lmbda = metric.tensors(torch.float64)
     with LargestAllocation() as fast:
         if form.startswith("plain"):
             d = gemm_distance(x, y, sigma, tril, beta, lmbda, metric.eps, symmetric, None, unit)
@@ -215,7 +215,7 @@ def test_triangular_products(width):
 def test_plain_form_used_by_the_compiler_equals_the_fused_node(full, symmetric, unit):
     metric = random_metric(D, full, symmetric)
     x, y = torch.nn.functional.normalize(points(B), dim=-1), points(C)
-    sigma, tril, beta, lmbda = metric._tensors(torch.float64)
+    sigma, tril, beta, lmbda = metric.tensors(torch.float64)
     plain = gemm_distance(x, y, sigma, tril, beta, lmbda, metric.eps, symmetric, None, unit)
     assert relative_error(metric.scaled_distance(x, y, None, unit), plain.detach()) <= 1e-13
 
