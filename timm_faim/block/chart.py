@@ -8,6 +8,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from timm_faim.metric import FAIMMetric
+from timm_faim.metric.frame import Frame, orthonormal_frame
 
 from .maps import exp_map, log_map
 
@@ -88,13 +89,17 @@ class FAIMChart(nn.Module):
         shape[1 if self.channels_first else -1] = self.dim
         return p_BD.reshape(shape)
 
-    def log(self, x: Tensor, p: Tensor) -> Tensor:
-        """log_p(x), see :func:`timm_faim.log_map`."""
-        return log_map(x, p, self.metric, 1 if self.channels_first else -1)
+    def frame(self, x: Tensor) -> Frame:
+        """The metric's frame for an input x, to be used by both maps of a forward pass."""
+        return orthonormal_frame(self.metric, torch.promote_types(x.dtype, torch.float32))
 
-    def exp(self, w: Tensor, p: Tensor) -> Tensor:
+    def log(self, x: Tensor, p: Tensor, frame: Optional[Frame] = None) -> Tensor:
+        """log_p(x), see :func:`timm_faim.log_map`."""
+        return log_map(x, p, self.metric, 1 if self.channels_first else -1, frame)
+
+    def exp(self, w: Tensor, p: Tensor, frame: Optional[Frame] = None) -> Tensor:
         """exp_p(w), see :func:`timm_faim.exp_map`."""
-        return exp_map(w, p, self.metric, 1 if self.channels_first else -1)
+        return exp_map(w, p, self.metric, 1 if self.channels_first else -1, frame)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base}, channels_first={self.channels_first}"

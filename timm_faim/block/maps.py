@@ -15,6 +15,8 @@ differ by at most (1 + 3 λ |β̂|) sqrt(δ).
 Shapes: D features, any other dimensions.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from timm_faim.metric import FAIMMetric
 from timm_faim.metric.frame import Frame, orthonormal_frame
 
 
-def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1) -> Tensor:
+def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
     """Coordinates log_p(x) of points x seen from p, of Euclidean length F(x - p); in the dtype of x.
 
     A damping κ of the metric scales λ by 1 - κ here: the damped 1-form is not homogeneous.
@@ -32,14 +34,15 @@ def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1) -> Tensor:
         p: base points that broadcast with x.
         metric: a metric of width D.
         dim: where D is, the same in x and p; a p of one dimension [D] goes with any.
+        frame: the metric's frame, where it is known already (a full Σ is factored for it).
 
     Raises:
         ValueError: another width than the metric's.
     """
-    return _apply(_log, x, p, metric, dim)
+    return _apply(_log, x, p, metric, dim, frame)
 
 
-def exp_map(w: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1) -> Tensor:
+def exp_map(w: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
     """The point exp_p(w) whose coordinates seen from p are w, the inverse of :func:`log_map`; in the dtype of w.
 
     Args:
@@ -47,11 +50,12 @@ def exp_map(w: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1) -> Tensor:
         p: base points that broadcast with w.
         metric: a metric of width D.
         dim: where D is, the same in w and p; a p of one dimension [D] goes with any.
+        frame: the metric's frame, where it is known already (a full Σ is factored for it).
 
     Raises:
         ValueError: another width than the metric's.
     """
-    return _apply(_exp, w, p, metric, dim)
+    return _apply(_exp, w, p, metric, dim, frame)
 
 
 def _log(x: Tensor, p: Tensor, frame: Frame, symmetric: bool, delta: float) -> Tensor:
@@ -77,18 +81,19 @@ def _root(square: Tensor, delta: float) -> Tensor:
     return (square + delta).clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
-def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int) -> Tensor:
+def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int, frame: Optional[Frame] = None) -> Tensor:
     if x.shape[dim] != metric.in_features:
         raise ValueError(f"expected {metric.in_features} features at dimension {dim}, got shape {list(x.shape)}")
     if p.shape[-1 if p.dim() == 1 else dim] != metric.in_features:
         raise ValueError(f"expected base points of {metric.in_features} features, got shape {list(p.shape)}")
     if dim not in (-1, x.dim() - 1):
         p = p if p.dim() == 1 else p.movedim(dim, -1)
-        return _apply(map_, x.movedim(dim, -1), p, metric, -1).movedim(-1, dim)
+        return _apply(map_, x.movedim(dim, -1), p, metric, -1, frame).movedim(-1, dim)
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return _apply(map_, x, p, metric, dim)
+            return _apply(map_, x, p, metric, dim, frame)
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
-    frame = orthonormal_frame(metric, dtype)
+    if frame is None or frame.one_form_D.dtype != dtype:
+        frame = orthonormal_frame(metric, dtype)
     return map_(x.to(dtype), p.to(dtype), frame, metric.symmetric, metric.eps).to(x.dtype)

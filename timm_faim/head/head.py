@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric, absolute, inverse_norms
+from timm_faim.metric import FAIMMetric, absolute, unit_vectors
 
 _INITS = ("scaled", "seed")
 _SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
@@ -148,10 +148,7 @@ class FAIMHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features as the metric sees them: x, or x / |x| in at least float32."""
-        if not self.normalize:
-            return x
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x * inverse_norms(x).unsqueeze(-1)
+        return unit_vectors(x) if self.normalize else x
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in _SEED_KEYS:

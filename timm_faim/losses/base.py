@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric, inverse_norms
+from timm_faim.metric import FAIMMetric, unit_vectors
 
 from .pairs import Pairs, block_entries, blockwise_sum, mined_masks
 from .processes import gather_all, gather_with_gradient, mean_over_processes, rank, world_size
@@ -134,8 +134,9 @@ class FAIMLoss(MetricHolder, nn.Module):
 
     def embed(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the metric sees them, in at least float32."""
-        x_BD = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        return x_BD * inverse_norms(x_BD).unsqueeze(-1) if self.normalize else x_BD
+        if self.normalize:
+            return unit_vectors(embeddings)
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def check(
         self,

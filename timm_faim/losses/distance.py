@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from timm_faim.metric import FAIMMetric, inverse_norms
+from timm_faim.metric import FAIMMetric, unit_vectors
 
 from .base import MetricHolder
 
@@ -73,8 +73,7 @@ class FAIMDistance(MetricHolder, BaseDistance):
         """Embeddings as the metric sees them: as they are, or x / |x| as a head computes it."""
         if not self.normalize_embeddings:
             return embeddings
-        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        return wide * inverse_norms(wide.movedim(dim, -1)).unsqueeze(dim)
+        return unit_vectors(embeddings.movedim(dim, -1)).movedim(-1, dim)
 
 
 def _name_what_to_use(check: Any) -> Any:

@@ -115,3 +115,9 @@ def gemm_distance(
 def inverse_norms(y_CD: Tensor) -> Tensor:
     """1 / max(|y|, 1e-4) [...] of vectors y [..., D]: the bound keeps the gradient at a zero vector small."""
     return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-8))
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """x / |x| of vectors x [..., D] (a zero vector stays 0), in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * inverse_norms(x).unsqueeze(-1)

@@ -30,8 +30,9 @@ class ChartedMixin:
     name_prefix = "Charted"
 
     def forward(self, x, *args, **kwargs):
-        p = self.faim_chart.base_point(x)
-        return self.faim_chart.exp(super().forward(self.faim_chart.log(x, p), *args, **kwargs), p)
+        chart = self.faim_chart
+        p, frame = chart.base_point(x), chart.frame(x)
+        return chart.exp(super().forward(chart.log(x, p, frame), *args, **kwargs), p, frame)
 
     def __reduce_ex__(self, protocol):
         return reduce_by_base(self)
@@ -73,8 +74,8 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
                          f"has {have}. Ask for {'no more than that' if places else 'blocks=0'}")  # fmt: skip
     shared: Optional[FAIMMetric] = None
     for place in places[len(places) - count :]:
-        block = _find(model, place.name, *([None] if arguments.get("features_only") else []))
-        if block is None:  # a stage that out_indices leave out
+        block = _find(model, place.name)
+        if block is None:  # in a stage that out_indices leave out
             continue
         like = next(block.parameters())
         options = {"full_sigma": faim_cfg["block_full_sigma"], "symmetric": faim_cfg["block_symmetric"]}
@@ -112,7 +113,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks of a model by name: what the patterns of its ``group_matcher`` name; of stages, their blocks."""
     named: dict[str, nn.Module] = {}
     for root in _matched_names(model) or (name for name, _ in model.named_children()):
-        module = _find(model, root, None)
+        module = _find(model, root)
         if module is not None:
             named.update(_blocks_within(root, module))
     return named
@@ -185,12 +186,8 @@ class _Calls:
         return default
 
 
-def _find(model: nn.Module, name: str, *default: Any) -> Any:
-    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3.
-
-    Raises:
-        AttributeError: there is none, and no default.
-    """
+def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
+    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3."""
     if hasattr(model, "model") and not hasattr(model, name.partition(".")[0]):
         model = model.model
     first, _, rest = name.partition(".")
@@ -200,6 +197,4 @@ def _find(model: nn.Module, name: str, *default: Any) -> Any:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        if default:
-            return default[0]
-        raise
+        return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_faim import FAIMHead
+from timm_faim.metric.frame import orthonormal_frame
 from timm_faim.metric.functional import one_form_term, squared_norm
 
 
@@ -69,13 +70,12 @@ class HeadDistances:
     def geometry(self) -> Geometry:
         """λ, γ, the spectrum of Σ and the size of β."""
         sigma, _, beta, lmbda = self.metric.tensors(torch.float64)
+        whitened = orthonormal_frame(self.metric, torch.float64).one_form_D
         if sigma is not None:
-            spectrum, whitened = sigma, beta / sigma.sqrt()
+            spectrum = sigma
         else:
             dense = self.metric.sigma().to(self.head.mu.device if self.head.mu.is_cuda else "cpu")
             spectrum = torch.linalg.eigvalsh(dense).cpu()
-            factor = torch.linalg.cholesky(dense).cpu()  # eigenvectors would take several times as long
-            whitened = torch.linalg.solve_triangular(factor, beta[:, None], upper=False).squeeze(1)
         return Geometry(
             lmbda=float(lmbda), gamma=float(self.head.gamma()), spectrum=spectrum.sort(descending=True).values,
             beta=beta.abs().sort(descending=True).values, whitened=whitened.abs().sort(descending=True).values,
