@@ -133,6 +133,8 @@ def from_linear(
 
 def contradiction(faim_cfg: Mapping[str, Any]) -> Optional[str]:
     """What among explicitly given head options rules a conversion out, as the end of a sentence; None if nothing."""
+    if faim_cfg.get("recipe", "plain") != "plain":
+        return f"recipe={faim_cfg['recipe']!r}: a linear classifier becomes a head of recipe 'plain'; leave recipe out"
     if faim_cfg.get("normalize"):
         return "normalize=True: a linear classifier sees the length of a feature; leave normalize out"
     if faim_cfg.get("lambda_init"):

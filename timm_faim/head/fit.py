@@ -8,6 +8,10 @@ within-class covariance, shrunk to (1 - a) W + a tr(W)/D I, and B the between-cl
 which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). s makes the mean squared distance from
 a feature to a prototype 1, the scale at which a head starts otherwise.
 
+A head with ``indicatrix`` gets the mean of all features as its centre c, and its prototypes are the class means
+projected onto the indicatrix, c + (m_k - c) / F(m_k - c), so that one learning rate suits every backbone. There s is
+the inverse of the mean variance: distances on the indicatrix do not depend on it.
+
 Shapes: N samples, C classes, D features.
 """
 
@@ -89,7 +93,7 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
         within_DD = (1 - shrinkage) * within_DD + shrinkage * average * eye_DD
         sigma_DD = torch.cholesky_inverse(torch.linalg.cholesky(within_DD))
         pairs_DD = (stats.second / n - torch.outer(mean_D, mean_D)) + spread_CD.t() @ spread_CD
-        sigma_DD /= (sigma_DD * pairs_DD).sum()
+        sigma_DD *= average if head.center is not None else 1.0 / (sigma_DD * pairs_DD).sum()
         root_DD = torch.linalg.cholesky(sigma_DD)
         head.metric.L.copy_(root_DD)
         frame_CD = spread_CD @ root_DD
@@ -100,12 +104,16 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
         average = within_D.mean().clamp_min(1e-12)
         sigma_D = 1.0 / ((1 - shrinkage) * within_D + shrinkage * average)
         pairs_D = (stats.second / n - mean_D.square()) + spread_CD.square().sum(0)
-        sigma_D /= (sigma_D * pairs_D).sum()
+        sigma_D *= average if head.center is not None else 1.0 / (sigma_D * pairs_D).sum()
         head.metric.log_sigma_diag.copy_(sigma_D.log())
         root_D = sigma_D.sqrt()
         beta_D = root_D * _leading_direction(spread_CD * root_D)
     head.metric.beta.copy_(beta_D)
-    head.mu[seen_C] = means_CD[seen_C].to(head.mu.dtype)
+    means_CD = means_CD[seen_C]
+    if head.center is not None:
+        head.center.copy_(mean_D)
+        means_CD = mean_D + head.embed(means_CD)
+    head.mu[seen_C] = means_CD.to(head.mu.dtype)
     return head
 
 
@@ -116,8 +124,13 @@ def _leading_direction(rows_CD: Tensor) -> Tensor:
 def fit_(head: FAIMHead, features: Tensor, targets: Tensor, shrinkage: float = 0.3) -> FAIMHead:
     """Set μ, Σ and β of ``head`` in closed form from features [N, D] and class indices [N]; returns the head."""
     stats = HeadStatistics(head)
-    stats.update(head.embed(features.to(head.mu.device)), targets.to(head.mu.device))
+    stats.update(_fitted_features(head, features.to(head.mu.device)), targets.to(head.mu.device))
     return fit_from_statistics_(head, stats, shrinkage)
+
+
+def _fitted_features(head: FAIMHead, x: Tensor) -> Tensor:
+    """What the moments are taken of: on the indicatrix, which the fit itself decides, the features as they come."""
+    return x if head.center is not None else head.embed(x)
 
 
 def mean_input(head: FAIMHead, x: Tensor) -> Tensor:
@@ -164,7 +177,7 @@ def fit_heads(
             model(images.to(device))
             for name, x in inputs.items():
                 head = heads[name]
-                stats[name].update(head.embed(mean_input(head, x)), targets.to(x.device))
+                stats[name].update(_fitted_features(head, mean_input(head, x)), targets.to(x.device))
     finally:
         for handle in handles:
             handle.remove()

@@ -50,10 +50,14 @@ class FAIMHead(nn.Module):
         prior: add a learned per-class log prior [C], zero at first.
         margin: m >= 0, added to the target's distance in training. Reaches the loss through
             :class:`timm_faim.TargetMargin`, or ``head(x, target)`` where the head is called directly.
+        indicatrix: with ``normalize``, onto the unit sphere of the metric itself (its indicatrix, F = 1) around
+            ``center`` in place of the Euclidean one around 0: x̂ = (x - c) / F(x - c), prototypes likewise.
+        learn_metric: False keeps Σ, β and λ as they start or as a closed-form fit sets them.
         eps: ε of the metric.
 
-    Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``. γ and λ act as
-    absolute values, so that no optimizer step makes them negative in effect. State dicts of the founding code
+    Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; with ``indicatrix`` a
+    buffer ``center`` [D], which a fit sets. γ and λ act as absolute values, so that no optimizer step makes them
+    negative in effect. State dicts of the founding code
     (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly.
 
     Raises:
@@ -75,6 +79,8 @@ class FAIMHead(nn.Module):
         damping: float = 0.0,
         prior: bool = False,
         margin: float = 0.0,
+        indicatrix: bool = False,
+        learn_metric: bool = True,
         eps: float = 1e-6,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
@@ -88,6 +94,8 @@ class FAIMHead(nn.Module):
             raise ValueError(f"init must be one of {_INITS}, got {init!r}; to start from data call fit_heads()")
         if not (margin >= 0 and math.isfinite(margin)):
             raise ValueError(f"margin must be a finite number >= 0, got {margin}")
+        if indicatrix and not normalize:
+            raise ValueError("indicatrix=True says where features are normalised to; it needs normalize=True")
         factory = {"device": device, "dtype": dtype}
         self.in_features = in_features
         self.num_classes = num_classes
@@ -96,9 +104,11 @@ class FAIMHead(nn.Module):
         self.normalize = normalize
         self.margin = float(margin)
         self.metric = FAIMMetric(in_features, full_sigma, symmetric, lambda_init, eps=eps, **factory)
+        self.metric.requires_grad_(learn_metric)
         self.mu = nn.Parameter(torch.empty(num_classes, in_features, **factory))
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
         self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
+        self.register_buffer("center", torch.empty(in_features, **factory) if indicatrix else None)
         self.metric.set_damping(damping)
         self.reset_parameters()
 
@@ -108,6 +118,8 @@ class FAIMHead(nn.Module):
         nn.init.constant_(self.scale, self.scale_init)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
+        if self.center is not None:
+            nn.init.zeros_(self.center)
         if self.init == "seed":
             nn.init.normal_(self.mu)
             self.metric.reset_parameters(beta_std=1.0)
@@ -115,10 +127,15 @@ class FAIMHead(nn.Module):
         # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On the
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
         nn.init.normal_(self.mu, std=1.0 / math.sqrt(D) if self.normalize else 1.0)
-        self.metric.reset_to_unit_distance(2.0 if self.normalize else 2.0 * D)
+        if self.center is not None:
+            self.metric.reset_parameters()  # distances on the indicatrix do not depend on the scale of Σ
+        else:
+            self.metric.reset_to_unit_distance(2.0 if self.normalize else 2.0 * D)
 
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (normalised: for any)."""
+        if self.center is not None:
+            return math.sqrt(2.0)
         if self.init == "scaled":
             return 1.0
         one_form = 1.0 + self.metric.lambda_init * math.sqrt(2.0 / math.pi) * (1.0 if self.metric.symmetric else 0.0)
@@ -138,7 +155,10 @@ class FAIMHead(nn.Module):
         convolutional = x.dim() == 4 and x.shape[-1] != self.in_features and x.shape[1] == self.in_features
         if convolutional:
             x = x.permute(0, 2, 3, 1)
-        logits = self.metric.scaled_distance(self.embed(x), self.mu, -self.gamma(), self.normalize)
+        if self.center is not None:
+            logits = self.metric.scaled_distance(self.embed(x), self.embed(self.mu), -self.gamma(), False)
+        else:
+            logits = self.metric.scaled_distance(self.embed(x), self.mu, -self.gamma(), self.normalize)
         if self.prior is not None:
             logits = logits + self.prior
         if target is not None and self.training and self.margin > 0:
@@ -147,7 +167,10 @@ class FAIMHead(nn.Module):
         return logits.permute(0, 3, 1, 2) if convolutional else logits
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features as the metric sees them: x, or x / |x| in at least float32."""
+        """Features as the metric sees them: x, or in at least float32 x / |x| or (x - c) / F(x - c)."""
+        if self.center is not None:
+            v = x.to(torch.promote_types(x.dtype, torch.float32)) - self.center
+            return v / self.metric.norm(v).unsqueeze(-1)
         return unit_vectors(x) if self.normalize else x
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -162,7 +185,7 @@ class FAIMHead(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.num_classes}, normalize={self.normalize}, margin={self.margin:g}, "
-            f"prior={self.prior is not None}"
+            f"indicatrix={self.center is not None}, prior={self.prior is not None}"
         )
 
 

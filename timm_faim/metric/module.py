@@ -135,6 +135,14 @@ class FAIMMetric(nn.Module):
         """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
         if v.shape[-1] != self.in_features:
             raise ValueError(f"expected vectors [..., {self.in_features}], got shape {list(v.shape)}")
+        if not torch.jit.is_scripting():
+            device_type = v.device.type
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return self._norm(v)
+        return self._norm(v)
+
+    def _norm(self, v: Tensor) -> Tensor:
         out_dtype, dtype = _dtypes(v, self.beta)
         sigma, tril, beta, lmbda = self.tensors(dtype)
         flat = v.to(dtype).reshape(-1, self.in_features)

@@ -11,6 +11,14 @@ from timm_faim.head import FAIMHead
 PREFIX = "faim_"  # of the twins' names
 _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,
                   "block_shared": False}  # fmt: skip
+# Values that differ from the arguments' defaults, by recipe. "indicatrix" is what benchmarks/accuracy found best.
+RECIPES: dict[str, dict[str, Any]] = {
+    "indicatrix": {"normalize": True, "indicatrix": True, "full_sigma": True, "learn_metric": False,
+                   "lambda_init": 0.0, "scale_init": 16.0, "margin": 0.2},
+    "plain": {},
+    "seed": {"init": "seed"},
+}  # fmt: skip
+DEFAULT_RECIPE = "indicatrix"
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
 
 
@@ -32,19 +40,20 @@ def block_options() -> dict[str, Any]:
 
 def of_heads(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
     """The keys of a ``faim_cfg`` that are arguments of FAIMHead."""
-    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS}
+    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "recipe"}
 
 
 def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
-    """``faim_cfg`` completed with the defaults, so that a saved config does not depend on later ones.
+    """``faim_cfg`` completed with its recipe and the defaults, so that a saved config does not depend on later ones.
+
+    ``recipe`` names a preset of :data:`RECIPES` (default "indicatrix"); other keys win over it.
 
     Raises:
         TypeError: not a mapping, or a value of another type than the default's.
-        ValueError: an unknown key; the message names the nearest known one.
+        ValueError: an unknown key or recipe; the message names the nearest known one.
     """
-    options = head_options() | block_options()
-    if faim_cfg is None:
-        return options
+    options = {"recipe": DEFAULT_RECIPE} | head_options() | block_options()
+    faim_cfg = {} if faim_cfg is None else faim_cfg
     if not isinstance(faim_cfg, Mapping):
         raise TypeError(f"faim_cfg must be a dict of options, got {type(faim_cfg).__name__}")
     for key, value in faim_cfg.items():
@@ -53,6 +62,12 @@ def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
         options[key] = _checked(key, value, options[key])
+    recipe = RECIPES.get(options["recipe"])
+    if recipe is None:
+        raise ValueError(f"faim_cfg['recipe'] must be one of {', '.join(RECIPES)}, got {options['recipe']!r}")
+    options.update({key: value for key, value in recipe.items() if key not in faim_cfg})
+    if not options["normalize"] and "indicatrix" not in faim_cfg:
+        options["indicatrix"] = False
     if options["blocks"] < 0:
         raise ValueError(f"faim_cfg['blocks'] must be >= 0, got {options['blocks']}")
     if options["block_base"] not in BASES:

@@ -12,7 +12,7 @@ from timm_faim.head import FAIMHead, faim_heads
 from timm_faim.head.convert import agreement, contradiction, from_linear, probe_features
 
 from .attach import attach_heads, classifier_layers
-from .config import PREFIX, resolve_faim_cfg
+from .config import PREFIX, of_heads, resolve_faim_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def convert(
                          "timm_faim.from_linear")  # fmt: skip
     if faim_heads(model):
         raise ValueError(f"{arch} has FAIM heads already: {', '.join(faim_heads(model))}")
-    options = resolve_faim_cfg(faim_cfg)
+    options = resolve_faim_cfg({"recipe": "plain", **(faim_cfg or {})})
     if reason := contradiction(faim_cfg or {}):
         raise ValueError(f"faim_cfg {reason}")
     if options["blocks"]:
@@ -64,7 +64,7 @@ def convert(
     if not layers:
         raise ValueError(f"{arch} has no classifier to convert; create it with the classes of its weights")
     features = {} if batches is None else _classifier_inputs(model, layers, batches)
-    heads = _convert_layers(layers, features, faim_cfg)
+    heads = _convert_layers(layers, features, of_heads(faim_cfg))
 
     main = next(iter(heads.values()))
     options.update(lambda_init=0.0, scale_init=main.scale_init, prior=main.prior is not None)

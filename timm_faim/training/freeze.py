@@ -30,7 +30,7 @@ def apply_freeze(args: argparse.Namespace, model: nn.Module) -> list[nn.Module]:
         if args.train_last is not None:
             learns |= _last_parameters(model, args.train_last, args.model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in learns)
+            parameter.requires_grad_(name in learns and parameter.requires_grad)
         frozen = _outermost_frozen(model)
     else:
         return []
