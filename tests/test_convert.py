@@ -456,7 +456,7 @@ def test_pretrained_embeddings_are_no_classes(caplog):
     for kwargs in ({}, dict(num_classes=512)):
         overlay = dict(state_dict=state_dict, num_classes=512, tag="clip")
         model = timm.create_model("faim_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-        assert model.faim_cfg["lambda_init"] > 0
+        assert model.faim_cfg["recipe"] == "indicatrix" and model.head.normalize
         assert caplog.text.count("head starts fresh: the weights have no classes") == 1
         caplog.clear()
 

@@ -12,7 +12,7 @@ from seeds import FoundingHead
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, TargetMargin, faim_heads, set_damping
+from timm_faim import FAIMHead, TargetMargin, faim_heads, fit_, set_damping
 
 B, C, D = 6, 5, 16
 
@@ -314,3 +314,61 @@ def test_margin_under_compile():
     wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
     assert losses[0] > nn.CrossEntropyLoss()(model(x), target)
     assert all(torch.allclose(w, g, atol=1e-4) for w, g in zip(wanted, got, strict=True))
+
+
+def _indicatrix(D=6, C=4, **options):
+    torch.manual_seed(0)
+    head = FAIMHead(D, C, 0.3, full_sigma=True, normalize=True, indicatrix=True, **options).double()
+    x = torch.randn(40, D, dtype=torch.float64) @ torch.randn(D, D, dtype=torch.float64) + 2.0
+    return fit_(head, x, torch.arange(40) % C), x
+
+
+def test_indicatrix_is_the_distance_between_points_of_norm_one():
+    head, x = _indicatrix()
+    assert torch.allclose(head.center, x.mean(0))
+    embedded, prototypes = head.embed(x), head.embed(head.mu)
+    assert torch.allclose(head.metric.norm(embedded), torch.ones(40, dtype=x.dtype), atol=2e-3)  # ε smooths
+    expected = -head.gamma() * head.metric.reference(embedded, prototypes)
+    torch.testing.assert_close(head(x), expected, rtol=1e-9, atol=1e-9)
+    # points along one ray from the centre are the same point
+    torch.testing.assert_close(head(head.center + 5.0 * (x - head.center)), head(x), rtol=1e-4, atol=1e-4)
+
+
+def test_indicatrix_gradients():
+    head, x = _indicatrix()
+    parameters = dict(head.named_parameters())
+
+    def logits(*values):
+        return torch.func.functional_call(head, dict(zip(parameters, values, strict=True)), (x[:3],))
+
+    assert torch.autograd.gradcheck(logits, tuple(parameters.values()))
+
+
+def test_indicatrix_needs_normalisation_and_saves_its_centre(tmp_path):
+    with pytest.raises(ValueError, match="needs normalize=True"):
+        FAIMHead(6, 4, indicatrix=True)
+    head, x = _indicatrix()
+    other = FAIMHead(6, 4, full_sigma=True, normalize=True, indicatrix=True).double()
+    other.load_state_dict(head.state_dict())
+    other.metric.lmbda.data.copy_(head.metric.lmbda)
+    assert torch.equal(other(x), head(x))
+
+
+def test_metric_that_does_not_learn_keeps_its_values():
+    head, x = _indicatrix(learn_metric=False)
+    before = {name: p.clone() for name, p in head.metric.named_parameters()}
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, weight_decay=0.5)
+    nn.functional.cross_entropy(head(x), torch.arange(40) % 4).backward()
+    mu = head.mu.clone()
+    optimizer.step()
+    assert not torch.equal(head.mu, mu)
+    assert all(torch.equal(p, before[name]) for name, p in head.metric.named_parameters())
+
+
+def test_indicatrix_under_autocast_is_float32():
+    head, x = _indicatrix()
+    head, x = head.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(x), head(x.float()))
+        got = head(x)
+    torch.testing.assert_close(got, head(x), rtol=1e-5, atol=1e-4)

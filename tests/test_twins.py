@@ -87,7 +87,7 @@ def test_creation_arguments_of_timm():
 
 
 def test_grad_checkpointing_and_parameter_groups():
-    model = timm.create_model("faim_test_vit", num_classes=5, faim_cfg=dict(prior=True))
+    model = timm.create_model("faim_test_vit", num_classes=5, faim_cfg=dict(recipe="plain", prior=True))
     model.set_grad_checkpointing()
     model(images(model)).sum().backward()
     assert model.head.mu.grad.abs().sum() > 0

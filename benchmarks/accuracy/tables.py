@@ -1,0 +1,144 @@
+"""Markdown tables of ``frozen.py``'s JSON lines: means, and FAIM against its peers in paired differences.
+
+    python benchmarks/accuracy/tables.py results/frozen.jsonl [--output results/frozen.md] [--command "…"]
+
+A pair is one (setting, seed): a data set, a number of shots and a support. The 95 % intervals are Student's t over the
+pairs; pairs of one setting share validation images, so that the intervals are about these data sets, not about new
+ones. A second interval over the means of settings is wider and nearer to the latter.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from machine import headline  # noqa: E402
+
+Setting = tuple[str, str, str]  # data set, shots, support
+Runs = dict[str, dict[tuple[Setting, int], dict]]  # method -> (setting, seed) -> row
+
+CONTROLS = ("whitened_linear", "whitened_arcface")  # get FAIM's Σ: they show what is left beside whitening
+PAIRS = {
+    "closed form": [
+        ("faim_indicatrix_0.3", "faim_indicatrix_eye"),
+        ("faim_indicatrix_cv", "faim_indicatrix_eye"),
+        ("faim_indicatrix_0.3", "lda_0.3"),
+        ("faim_indicatrix_cv", "lda_cv"),
+        ("faim_indicatrix_cv_beta", "faim_indicatrix_cv"),
+    ],
+    "trained": [
+        ("faim_indicatrix", "faim_indicatrix_eye"),
+        ("faim_indicatrix_beta", "faim_indicatrix"),
+        ("faim_indicatrix", "whitened_arcface"),
+        ("faim_indicatrix", "whitened_linear"),
+        ("faim_sphere", "cosface"),
+    ],
+}
+
+
+def read(path: Path) -> dict[str, Runs]:
+    """Regime -> runs."""
+    regimes: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        config = row["config"]
+        setting = (config["data"], str(config["shots"]), config["support"])
+        regimes[config["regime"]][config["method"]][setting, row["seed"]] = row
+    return regimes
+
+
+def setting_means(runs: dict[tuple[Setting, int], dict], value: str) -> dict[Setting, float]:
+    """Mean over seeds of a value in each setting that has it, in %."""
+    values = defaultdict(list)
+    for (setting, _), row in runs.items():
+        if row[value] is not None:
+            values[setting].append(100.0 * row[value])
+    return {setting: mean(v) for setting, v in values.items()}
+
+
+def table(runs: Runs, value: str, settings: list[Setting]) -> list[str]:
+    """One row a method, best mean first; the mean only where a method ran in all settings that any other did."""
+    head = ["method", *(f"{data} {shots}" for data, shots, _ in settings), "mean"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    means = {method: setting_means(each, value) for method, each in runs.items()}
+    wanted = {s for got in means.values() for s in got} & set(settings)
+    rows = []
+    for method, got in means.items():
+        overall = mean(got[s] for s in wanted) if wanted and wanted <= got.keys() else None
+        cells = [f"{got[s]:.1f}" if s in got else "" for s in settings]
+        rows.append((overall, f"| {method} | " + " | ".join(cells) + f" | {'' if overall is None else f'{overall:.2f}'} |"))
+    sign = -1.0 if value == "top1" else 1.0
+    rows.sort(key=lambda row: float("inf") if row[0] is None else sign * row[0])
+    return lines + [row for _, row in rows]
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % t-interval."""
+    if len(values) < 2:
+        return f"{mean(values):+.2f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.2f} ± {half:.2f}"
+
+
+def difference(runs: Runs, a: str, b: str, settings: list[Setting]) -> str:
+    """A row on a - b of top-1, in points."""
+    gaps = defaultdict(list)
+    for key in runs[a].keys() & runs[b].keys():
+        if key[0] in settings:
+            gaps[key[0]].append(100.0 * (runs[a][key]["top1"] - runs[b][key]["top1"]))
+    pairs = [gap for each in gaps.values() for gap in each]
+    if not pairs:
+        return f"| {a} - {b} | | | |"
+    by_setting = [mean(each) for each in gaps.values()]
+    wins = sum(gap > 0 for gap in by_setting)
+    return f"| {a} - {b} | {interval(pairs)} ({len(pairs)}) | {interval(by_setting)} | {wins} of {len(by_setting)} |"
+
+
+def best(runs: Runs, settings: list[Setting], faim: bool) -> str:
+    """The FAIM method or peer with the best mean of top-1 among those that ran in all settings."""
+    means = {}
+    for method, each in runs.items():
+        got = setting_means(each, "top1")
+        if method.startswith("faim") == faim and method not in CONTROLS and set(settings) <= got.keys():
+            means[method] = mean(got[s] for s in settings)
+    return max(means, key=lambda method: means[method])
+
+
+def report(regimes: dict[str, Runs]) -> list[str]:
+    lines = []
+    for regime, runs in regimes.items():
+        every = sorted({setting for each in runs.values() for setting, _ in each})
+        for support in sorted({support for _, _, support in every}):
+            settings = [s for s in every if s[2] == support]
+            lines += ["", f"## {regime}, training images: {support}", "", "Top-1 in %, mean over seeds:", ""]
+            lines += table(runs, "top1", settings)
+            lines += ["", "ECE in %, 15 bins:", ""] + table(runs, "ece", settings)
+            lines += ["", "Paired differences of top-1 in points, mean ± half of the 95 % t-interval:", ""]
+            lines += ["| difference | (setting, seed) pairs | means of settings | settings won |", "|---|---:|---:|---:|"]
+            peer = best(runs, settings, faim=False)
+            pairs = [(method, peer) for method in runs if method.startswith("faim")] + PAIRS[regime]
+            lines += [difference(runs, a, b, settings) for a, b in dict.fromkeys(pairs)]
+            lines += ["", f"Best peer by mean, chosen after the fact in its favour: {peer}."]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--command", default="python benchmarks/accuracy/frozen.py --weights FILE --data NAME=DIR …")
+    args = parser.parse_args()
+    text = ["# FAIM on frozen features", "", headline(args.command, cuda=False), *report(read(args.lines))]
+    page = "\n".join(text) + "\n"
+    print(page)
+    if args.output:
+        args.output.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
