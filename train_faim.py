@@ -32,6 +32,7 @@ from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
 from timm_faim.training.plan import dry_run
+from timm_faim.training.refit import build_refit
 from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.stages import build_stages, split_groups
@@ -75,7 +76,7 @@ def train_with(args: argparse.Namespace) -> None:
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
         factories.fit_heads_to(
-            model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator)
+            model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator, "--head-init data")
     if args.cache_features:
         clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator, data.num_classes)
         order, val_batches = cache_features(args, model, order, clean, val_loader, accelerator)
@@ -98,6 +99,9 @@ def train_with(args: argparse.Namespace) -> None:
     # Everything that a wrong option can break is built; from here on there is work to keep.
     run = Training(args, accelerator, model, part, task, optimizer, order, None, scheduler, stages,
                    mixup=tasks.build_mixup(args, data.num_classes), criteria=criteria, frozen=frozen)
+    if args.head_refit is not None and faim_heads(model):
+        clean = build_fit_loader(args, data_config, accelerator, data.num_classes)
+        run.refit = build_refit(clean, args.head_refit, epochs)
     if args.dry_run:
         dry_run(run, val_batches, epochs, log)
         return

@@ -391,3 +391,22 @@ def test_an_epoch_without_validation_leaves_its_cells_empty(images, tmp_path):
     assert [row["eval_top1"] != "" for row in rows] == [False, False, True, True]  # the last epoch is always evaluated
     assert all(float(row["lr"]) >= 0 and row["train_loss"] for row in rows)
     assert {p.name for p in (run / "top").iterdir()} == {"epoch_0003.safetensors", "epoch_0004.safetensors"}
+
+
+def test_refitted_heads_are_class_statistics_of_the_trained_features(images, tmp_path):
+    run = train_tiny(images, tmp_path, "--head-refit", "1", "--epochs", "2", "--lr", "1e-2")
+    model, metrics = evaluate_run(run, images)
+    (head,) = faim_heads(model).values()
+    assert head.center is not None and model.faim_cfg["recipe"] == "indicatrix"
+    last = load_file(run / "last.safetensors")
+    names = [name for name in last if name.endswith("center")]
+    assert len(names) == 1 and last[names[0]].abs().sum() > 0
+    prototypes = last[names[0].replace("center", "mu")] - last[names[0]]
+    head.load_state_dict({name: last[names[0].replace("center", name)] for name in head.state_dict()})
+    torch.testing.assert_close(head.metric.norm(prototypes), torch.ones(3), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("other", ["--cache-features --head-only", "--views 2", "--fsdp", "--aug-splits 2"])
+def test_refit_needs_whole_models_and_one_view(other):
+    with pytest.raises(UserError, match=f"--head-refit does not go with {other.split()[0]}"):
+        parse_args(f"--data-dir d --model faim_resnet18 --head-refit 1 {other}".split())

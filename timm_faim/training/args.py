@@ -272,6 +272,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
     not_contrastive = [flag for flag, on in (
         ("--mixup and --cutmix", mixes), ("--multi-label", args.multi_label), ("--kd-model-name", args.kd_model_name),
         ("--aug-splits", splits), ("--fsdp", args.fsdp)) if on]
+    not_refit = [flag for flag, on in (
+        ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
+        ("--aug-splits", splits), ("--views", args.views > 1),
+        (f"--dataset {args.dataset}", kind in STREAMED)) if on]
     rules = (
         # data
         (args.multi_label and kind not in WITH_FIELDS,
@@ -310,6 +314,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (loss == "asl" and mixes and not args.multi_label, "--loss asl does not go with --mixup and --cutmix"),
         (loss in ("ce", "jsd") and args.multi_label, f"--multi-label does not go with the {loss} loss"),
         (args.head_init == "data" and args.multi_label, "--head-init data does not go with --multi-label"),
+        (args.head_refit is not None and not_refit, f"--head-refit does not go with {_join(not_refit[:1])}"),
+        (args.head_refit is not None and args.head_refit < 0, f"--head-refit must be >= 0, got {args.head_refit}"),
         (args.kd_model_name and args.multi_label, "--kd-model-name does not go with --multi-label"),
         (of_teacher and not args.kd_model_name, f"{_join(of_teacher[:1])} needs a teacher: give --kd-model-name"),
         # contrastive losses

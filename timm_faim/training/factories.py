@@ -170,8 +170,8 @@ def build_data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[
     return config
 
 
-def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator) -> None:
-    """Closed-form start of the heads from the training images.
+def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator, flag: str) -> None:
+    """Heads in closed form from the training images, as `flag` asks.
 
     Raises:
         UserError: what the fit says of the features (NaN, all equal).
@@ -179,7 +179,7 @@ def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator)
     try:
         fit_heads(model, batches, device=accelerator.device)
     except ValueError as e:
-        raise UserError(f"--head-init data: {e}") from e
+        raise UserError(f"{flag}: {e}") from e
 
 
 def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, processes: int) -> torch.optim.Optimizer:

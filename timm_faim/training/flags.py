@@ -11,9 +11,9 @@ from timm.utils import ParseKwargs
 from timm_faim.training.errors import UserError
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "damp_epochs", "stages", "freeze_gamma", "lr_scale_metric",
-             "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature", "contrastive_margin",
-             "contrastive_stages")
+FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages", "freeze_gamma",
+             "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature",
+             "contrastive_margin", "contrastive_stages")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
@@ -24,7 +24,7 @@ TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_wit
                  "wandb_tags", "wandb_resume_id", "push_to_hub", "hub_private", "hub_license", "kd_model_name",
                  "distill_loss_weight", "task_loss_weight", "freeze", "head_only", "train_last", "cache_features",
                  "cache_views", "aug_splits", "jsd_loss", "aug_repeats", "mixup", "cutmix", "cutmix_minmax",
-                 "mixup_off_epoch", "head_init", "stages", "freeze_gamma", "damp_epochs", "contrastive",
+                 "mixup_off_epoch", "head_init", "head_refit", "stages", "freeze_gamma", "damp_epochs", "contrastive",
                  "contrastive_stages", "views", "samples_per_class")
 
 
@@ -130,6 +130,9 @@ def _faim(parser: Parser) -> None:
         help="log and exp maps around the last N blocks; the same as --faim-cfg blocks=N")
     add("--head-init", choices=("random", "data"), default="random",
         help="data: class means and within-class variance of the backbone's features")
+    add("--head-refit", type=int, metavar="N",
+        help="after the last epoch set centre, prototypes and Σ in closed form, from all training images and N "
+             "augmented views of each")
     add("--damp-epochs", type=int, default=0, metavar="N", help="fade the 1-form in over the first N epochs")
     add("--stages", type=float, nargs=2, metavar=("WARMUP", "TUNE"),
         help="epochs of the stages warm-up (metric frozen, no label smoothing) and tune-metric (rate of the metric "

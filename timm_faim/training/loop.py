@@ -64,6 +64,7 @@ class Training:
     criteria: dict[bool, torch.nn.Module] = field(default_factory=dict)  # by whether labels are smoothed
     frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
     checkpointer: Checkpointer | None = None
+    refit: "Callable[[Training], None] | None" = None  # after the last epoch
     stop: StopRequest = field(default_factory=StopRequest)
     is_stopping: bool = False  # some process was asked to stop; the same on all of them
     progress: Progress = field(default_factory=Progress)

@@ -1,0 +1,31 @@
+"""--head-refit: after the last epoch the heads' centre, prototypes and Σ in closed form, from the trained features."""
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from timm_faim.training.factories import fit_heads_to
+from timm_faim.training.loop import Training
+
+
+def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], None]:
+    """What refits the heads of a run.
+
+    Args:
+        clean: loader of all training images once, unaugmented, in every process.
+        views: augmented views of each image beside that.
+        epochs: of the run; the views are drawn as those of the epochs that would follow.
+    """
+    def refit(run: Training) -> None:
+        fit_heads_to(extract_model_from_parallel(run.evaluated), batches(run), run.accelerator, "--head-refit")
+
+    def batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # every process reads all of the clean images and its share of a view: weigh the two alike
+        for number, batch in enumerate(clean):
+            if number % run.accelerator.num_processes == run.accelerator.process_index:
+                yield batch
+        for view in range(views):
+            yield from run.order.batches(epochs + view)
+
+    return refit
