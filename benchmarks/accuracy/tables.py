@@ -1,4 +1,5 @@
-"""Markdown tables of ``frozen.py``'s JSON lines: means, and FAIM against its peers in paired differences.
+"""Markdown tables of the JSON lines of ``frozen.py`` and ``study.py``: means, and FAIM against its peers in paired
+differences.
 
     python benchmarks/accuracy/tables.py results/frozen.jsonl [--output results/frozen.md] [--command "…"]
 
@@ -38,7 +39,21 @@ PAIRS = {
         ("faim_indicatrix", "whitened_linear"),
         ("faim_sphere", "cosface"),
     ],
+    "full fine-tuning": [
+        ("faim_indicatrix + refit", "faim_indicatrix + refit, Σ = I"),
+        ("faim_indicatrix + refit, β", "faim_indicatrix + refit"),
+        ("faim_indicatrix + refit", "faim_indicatrix"),
+        ("faim_indicatrix", "faim_indicatrix_eye"),
+        ("faim_indicatrix_beta", "faim_indicatrix"),
+        ("faim_indicatrix + refit", "faim_indicatrix_eye"),
+        ("faim_indicatrix + refit", "faim_sphere"),
+        ("linear + refit", "linear"),
+        ("arcface + refit", "arcface"),
+        ("isomax_plus + refit", "isomax_plus"),
+        ("faim_indicatrix + refit", "isomax_plus + refit"),
+    ],
 }
+REFITS = {"": "", " + refit": "refit_", " + refit, β": "refit_beta_", " + refit, Σ = I": "refit_identity_"}
 
 
 def read(path: Path) -> dict[str, Runs]:
@@ -46,10 +61,21 @@ def read(path: Path) -> dict[str, Runs]:
     regimes: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
     for line in path.read_text().splitlines():
         row = json.loads(line)
+        if "setting" in row:
+            add_fine_tuning(regimes["full fine-tuning"], row)
+            continue
         config = row["config"]
         setting = (config["data"], str(config["shots"]), config["support"])
         regimes[config["regime"]][config["method"]][setting, row["seed"]] = row
     return regimes
+
+
+def add_fine_tuning(runs: Runs, row: dict) -> None:
+    """A line of ``study.py``: the head as trained, and the same backbone under refits, as methods of their own."""
+    data, _, shots = row["setting"].partition("-")
+    for name, prefix in () if row["selection"] else REFITS.items():
+        values = {value: row[prefix + value] / 100.0 for value in ("top1", "ece")}
+        runs[row["method"] + name][(data, shots or "all", "views"), row["seed"]] = values
 
 
 def setting_means(runs: dict[tuple[Setting, int], dict], value: str) -> dict[Setting, float]:
@@ -104,7 +130,7 @@ def best(runs: Runs, settings: list[Setting], faim: bool) -> str:
     means = {}
     for method, each in runs.items():
         got = setting_means(each, "top1")
-        if method.startswith("faim") == faim and method not in CONTROLS and set(settings) <= got.keys():
+        if method.startswith("faim") == faim and method not in CONTROLS and " + " not in method and set(settings) <= got.keys():
             means[method] = mean(got[s] for s in settings)
     return max(means, key=lambda method: means[method])
 
@@ -121,7 +147,8 @@ def report(regimes: dict[str, Runs]) -> list[str]:
             lines += ["", "Paired differences of top-1 in points, mean ± half of the 95 % t-interval:", ""]
             lines += ["| difference | (setting, seed) pairs | means of settings | settings won |", "|---|---:|---:|---:|"]
             peer = best(runs, settings, faim=False)
-            pairs = [(method, peer) for method in runs if method.startswith("faim")] + PAIRS[regime]
+            pairs = [(method, peer) for method in runs if method.startswith("faim") and "β" not in method]
+            pairs += PAIRS[regime]
             lines += [difference(runs, a, b, settings) for a, b in dict.fromkeys(pairs)]
             lines += ["", f"Best peer by mean, chosen after the fact in its favour: {peer}."]
     return lines
@@ -133,7 +160,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--command", default="python benchmarks/accuracy/frozen.py --weights FILE --data NAME=DIR …")
     args = parser.parse_args()
-    text = ["# FAIM on frozen features", "", headline(args.command, cuda=False), *report(read(args.lines))]
+    first = json.loads(args.lines.read_text().partition("\n")[0])
+    where = headline(args.command, cuda=False)
+    if "device" in first:  # the lines came from another machine
+        where = (f"{first['device']}; Python {first['python']}, torch {first['torch']}, timm {first['timm']}; "
+                 f"command: `{args.command}`")
+    title = "# Full fine-tuning" if "setting" in first else "# Frozen features"
+    text = [title, "", where, *report(read(args.lines))]
     page = "\n".join(text) + "\n"
     print(page)
     if args.output:
