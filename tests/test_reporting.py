@@ -238,7 +238,7 @@ def test_page_is_whole_and_needs_no_other_file(images, tmp_path):
         assert len(image["alt"]) > 20
     text = " ".join(page.text)
     assert "<b>bird" in text  # escaped, or the parser would have met a tag
-    assert all(word in text for word in ("top-1", "margin=0.2", "0.1 1.0", "diagonal Σ", "true"))
+    assert all(word in text for word in ("top-1", "margin=0.2", "0.1 1.0", "full Σ, on the indicatrix", "true"))
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
@@ -246,7 +246,7 @@ def test_page_of_a_full_directed_metric_on_the_sphere(images, tmp_path):
     options = {"full_sigma": True, "symmetric": False, "normalize": True, "lambda_init": 2.0}
     page, files = report_of(tmp_path, images, "faim_test_resnet", faim_cfg=options)
     assert {"head.png", "prototypes.png"} <= files and "learning_curve.png" not in files
-    assert "full Σ, Randers, on the sphere" in page.text
+    assert "full Σ, Randers, on the indicatrix" in page.text
 
 
 def test_page_of_a_linear_model_has_curves_and_confusion_only(images, tmp_path):
@@ -272,7 +272,8 @@ def test_page_of_grey_images_and_of_a_transformer(images, tmp_path):
 
 def test_report_measures_the_share_on_the_predicted_prototypes(images, tmp_path, monkeypatch):
     """The number in the table is the mean of λ|β'v| / d over all 7 images."""
-    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"lambda_init": 0.8}).eval()
+    model = timm.create_model("faim_test_resnet", num_classes=3,
+                              faim_cfg={"recipe": "plain", "lambda_init": 0.8}).eval()
     val = loader_of(images, "val")
     evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
     page = write_report(tmp_path, model, [], evaluation=evaluation, val_images=val)

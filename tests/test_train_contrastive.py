@@ -86,13 +86,13 @@ def test_both_losses_are_on_record_and_add_up(images, tmp_path):
     run = train_tiny(images, tmp_path, "--contrastive", "infonce:0.1", "triplet", "--views", "2", "--smoothing", "0")
     for row in read_summary(run):
         parts = {key: float(row[f"train_{key}_loss"]) for key in ("class", "infonce", "triplet")}
-        assert all(value > 0 for value in parts.values())
+        assert parts["class"] > 0 and parts["infonce"] > 0 and parts["triplet"] >= 0
         total = parts["class"] + 0.1 * parts["infonce"] + parts["triplet"]
         assert float(row["train_loss"]) == pytest.approx(total, rel=1e-5)
     plain = train_tiny(images, tmp_path / "plain")
     state, other = (load_file(folder / "last.safetensors") for folder in (run, plain))
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.items()}, "no parameter is added"
-    assert any(not torch.equal(state[k], other[k]) for k in state if "log_sigma_diag" in k)
+    assert any(not torch.equal(state[k], other[k]) for k in state if k.endswith(".mu"))
 
 
 def test_stages_weigh_the_contrastive_losses(images, tmp_path):
@@ -118,7 +118,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, more):
 
 def build_task(losses, world=1):
     torch.manual_seed(0)
-    model = timm.create_model("faim_test_vit", img_size=32, num_classes=5, faim_cfg=dict(normalize=True)).train()
+    faim_cfg = dict(recipe="plain", normalize=True)
+    model = timm.create_model("faim_test_vit", img_size=32, num_classes=5, faim_cfg=faim_cfg).train()
     args = parse_args(["--data-dir", "d", "--model", "faim_test_vit", "--views", "2", "--contrastive", *losses])
     return model, ContrastiveTask(model, TargetMargin(nn.CrossEntropyLoss(), model), args, verbose=False)
 

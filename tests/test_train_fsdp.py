@@ -16,7 +16,7 @@ from timm_faim.training.summary import head_metrics
 def build():
     torch.manual_seed(0)
     return timm.create_model("faim_test_vit", img_size=32, num_classes=5,
-                             faim_cfg=dict(margin=0.3, normalize=True, prior=True))
+                             faim_cfg=dict(recipe="plain", margin=0.3, normalize=True, prior=True))
 
 
 def gradients_are_those_of_one_process():

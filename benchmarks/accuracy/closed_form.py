@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from heads import class_means
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch.nn import functional as F
-
-from heads import class_means
 
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0)  # λ

@@ -15,7 +15,7 @@ import torch
 from features import load_backbone
 from heads import METHODS
 from images import Images, augment, centre, cut, draw_augmentation, hold_out
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import timm_faim
@@ -93,7 +93,7 @@ class Run:
             ([p for p in head if p.ndim > 1], rate * self.config["lr_mu"], self.config["decay_mu"]),
             ([p for p in head if p.ndim <= 1], rate, 0.0)]
         cuda = self.device.type == "cuda"
-        groups = [{"params": p, "base": r, "weight_decay": w, "lr": torch.zeros((), device=self.device) if cuda else 0.0}
+        groups = [{"params": p, "base": r, "weight_decay": w, "lr": torch.zeros((), device=self.device)}
                   for p, r, w in groups if p]
         return torch.optim.AdamW(groups, fused=cuda, capturable=cuda)
 
@@ -127,10 +127,7 @@ class Run:
         warm = min(1.0, (self.step + 1) / (0.1 * self.steps))
         factor = warm * 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(group["base"] * factor)
-            else:
-                group["lr"] = group["base"] * factor
+            group["lr"].fill_(group["base"] * factor)
 
     def _train_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

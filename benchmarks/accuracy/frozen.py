@@ -22,15 +22,15 @@ import time
 from pathlib import Path
 from typing import Optional
 
+import closed_form
 import sklearn
 import timm
 import torch
-from torch import Tensor
-
-import closed_form
-import timm_faim
 import trained
 from features import FrozenFeatures, frozen_features
+from torch import Tensor
+
+import timm_faim
 
 SHOTS = (3, 5, None, 1)  # None: all images; 1 comes last, as it takes the setting chosen for 3
 VERSIONS = {

@@ -33,7 +33,7 @@ def trials(setting: str, method: str, count: int) -> list[dict[str, Any]]:
     configs = []
     for point in qmc.Sobol(8, seed=0).random_base2(4)[:count]:
         value = {name: low * (high / low) ** u if kind == "log" else low + (high - low) * u
-                 for u, (name, (low, high, kind)) in zip(point, ranges.items())}
+                 for u, (name, (low, high, kind)) in zip(point, ranges.items(), strict=False)}
         means = pretrained and (method.startswith("faim_indicatrix") or point[6] < 0.5)
         configs.append({
             "setting": setting, "method": method, "lr": value.pop("lr") * SETTINGS[setting][5],

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from machine import headline  # noqa: E402
+from machine import headline
 
 Setting = tuple[str, str, str]  # data set, shots, support
 Runs = dict[str, dict[tuple[Setting, int], dict]]  # method -> (setting, seed) -> row
@@ -97,7 +97,8 @@ def table(runs: Runs, value: str, settings: list[Setting]) -> list[str]:
     for method, got in means.items():
         overall = mean(got[s] for s in wanted) if wanted and wanted <= got.keys() else None
         cells = [f"{got[s]:.1f}" if s in got else "" for s in settings]
-        rows.append((overall, f"| {method} | " + " | ".join(cells) + f" | {'' if overall is None else f'{overall:.2f}'} |"))
+        cells.append("" if overall is None else f"{overall:.2f}")
+        rows.append((overall, f"| {method} | " + " | ".join(cells) + " |"))
     sign = -1.0 if value == "top1" else 1.0
     rows.sort(key=lambda row: float("inf") if row[0] is None else sign * row[0])
     return lines + [row for _, row in rows]
@@ -130,7 +131,8 @@ def best(runs: Runs, settings: list[Setting], faim: bool) -> str:
     means = {}
     for method, each in runs.items():
         got = setting_means(each, "top1")
-        if method.startswith("faim") == faim and method not in CONTROLS and " + " not in method and set(settings) <= got.keys():
+        is_peer = method.startswith("faim") == faim and method not in CONTROLS and " + " not in method
+        if is_peer and set(settings) <= got.keys():
             means[method] = mean(got[s] for s in settings)
     return max(means, key=lambda method: means[method])
 
@@ -145,7 +147,8 @@ def report(regimes: dict[str, Runs]) -> list[str]:
             lines += table(runs, "top1", settings)
             lines += ["", "ECE in %, 15 bins:", ""] + table(runs, "ece", settings)
             lines += ["", "Paired differences of top-1 in points, mean ± half of the 95 % t-interval:", ""]
-            lines += ["| difference | (setting, seed) pairs | means of settings | settings won |", "|---|---:|---:|---:|"]
+            lines += ["| difference | (setting, seed) pairs | means of settings | settings won |"]
+            lines += ["|---|---:|---:|---:|"]
             peer = best(runs, settings, faim=False)
             pairs = [(method, peer) for method in runs if method.startswith("faim") and "β" not in method]
             pairs += PAIRS[regime]

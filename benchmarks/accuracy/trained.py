@@ -13,11 +13,11 @@ Shapes: N images, V views (the first is the centre crop), C classes, D features.
 import copy
 from dataclasses import dataclass
 
+import heads
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import heads
 from timm_faim import FAIMHead, fit_
 from timm_faim.metric.frame import orthonormal_frame
 

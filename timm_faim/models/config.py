@@ -43,6 +43,11 @@ def of_heads(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "recipe"}
 
 
+def may_be_converted(faim_cfg: Mapping[str, Any]) -> bool:
+    """Whether a resolved ``faim_cfg`` is one that :func:`timm_faim.convert` leaves: recipe "plain" with λ = 0."""
+    return faim_cfg["recipe"] == "plain" and faim_cfg["lambda_init"] == 0
+
+
 def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
     """``faim_cfg`` completed with its recipe and the defaults, so that a saved config does not depend on later ones.
 

@@ -43,7 +43,8 @@ def parse_losses(words: Sequence[str]) -> dict[str, float]:
 
 def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
     """A loss by its name in --contrastive, sharing the head's metric."""
-    common = {"metric": head.metric, "normalize": head.normalize, "cross_rank": True, "check_finite": False}
+    on_sphere = head.normalize and head.center is None  # features of the indicatrix come embedded, see below
+    common = {"metric": head.metric, "normalize": on_sphere, "cross_rank": True, "check_finite": False}
     if name == "triplet":
         return FAIMTripletLoss(margin=args.contrastive_margin, **common)
     if name == "npair":
@@ -124,7 +125,9 @@ class ContrastiveTask(ClassificationTask):
         if features is None:
             raise UserError("--contrastive needs the input of the FAIM head, which this model does not call. Choose "
                             "another model")
-        return mean_input(self._head[0], features)
+        head = self._head[0]
+        features = mean_input(head, features)
+        return features if head.center is None else head.embed(features)
 
 
 class Views:

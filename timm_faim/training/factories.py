@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_faim import faim_heads, fit_heads
+from timm_faim.models import may_be_converted
 from timm_faim.training.args import loss_name
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.tasks import build_criterion, build_mixup, build_task
@@ -117,7 +118,7 @@ def _centre_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
         if head.prior is None:
             raise UserError(f"the FAIM head of {args.model} has no class prior, which the {loss_name(args)} loss "
                             "needs: logits -γ d are never above 0. Train a new one with prior=True, or use --loss ce")
-        converted = model.faim_cfg["lambda_init"] == 0 and "lambda_init" not in (args.faim_cfg or {})
+        converted = may_be_converted(model.faim_cfg) and "lambda_init" not in (args.faim_cfg or {})
         if ":" not in args.model and converted and head.prior.any():
             raise UserError(f"{args.model}: its weights' own classifier became the head, which keeps the differences "
                             f"between logits but not their signs, as the {loss_name(args)} loss needs them. Use --loss "

@@ -20,6 +20,7 @@ from timm.task import (
 from torch import nn
 
 from timm_faim import TargetMargin, faim_heads
+from timm_faim.models import may_be_converted
 from timm_faim.training.args import loss_name, mixes_images
 from timm_faim.training.contrastive import ContrastiveTask
 from timm_faim.training.errors import UserError, did_you_mean
@@ -135,7 +136,7 @@ def _build_teacher(
     teacher = teacher.to(device, dtype).eval().requires_grad_(False)
     if args.kd_distill_type != "feature":
         # λ = 0: the head was converted from the weights' own classifier, and is not fresh
-        if faim_heads(teacher) and ":" not in name and teacher.faim_cfg["lambda_init"] > 0:
+        if faim_heads(teacher) and ":" not in name and not may_be_converted(teacher.faim_cfg):
             raise UserError(f"--kd-model-name {name} has pretrained features, but a fresh FAIM head and so no logits "
                             "to learn from. Take a trained one, local-dir:FOLDER, or --kd-distill-type feature")
         if teacher.num_classes != model.num_classes:
