@@ -9,6 +9,7 @@ from runs import make_images, read_summary, train
 from timm.models import get_pretrained_cfg
 
 import timm_faim  # noqa: F401
+from timm_faim.models.config import resolve_faim_cfg
 from timm_faim.training.args import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def test_one_epoch_runs_with_the_recipes_settings(path, images, tmp_path):
             "stages")
     assert {key: used.get(key) for key in kept if key in recipe} == {key: recipe[key] for key in kept if key in recipe}
     assert row["eval_samples"] == "7"
-    assert float(row["train_gamma"]) == pytest.approx(recipe["faim_cfg"]["scale_init"], rel=0.05)
+    assert float(row["train_gamma"]) == pytest.approx(resolve_faim_cfg(recipe["faim_cfg"])["scale_init"], rel=0.05)
 
 
 @by_name(RECIPES)

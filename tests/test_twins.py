@@ -269,3 +269,17 @@ def test_bad_num_classes():
 def test_public_names_exist():
     for name in timm_faim.__all__:
         assert hasattr(timm_faim, name)
+
+
+def test_recipes_are_presets_that_other_keys_override():
+    default = resolve_faim_cfg({})
+    assert default["recipe"] == "indicatrix" and default["indicatrix"] and not default["learn_metric"]
+    assert resolve_faim_cfg(default) == default
+    assert resolve_faim_cfg(dict(margin=0.5))["margin"] == 0.5
+    assert resolve_faim_cfg(dict(normalize=False))["indicatrix"] is False
+    seed = resolve_faim_cfg(dict(recipe="seed"))
+    assert seed["init"] == "seed" and not seed["normalize"] and seed["lambda_init"] == 0.1
+    with pytest.raises(ValueError, match="recipe'\\] must be one of indicatrix, plain, seed, got 'best'"):
+        resolve_faim_cfg(dict(recipe="best"))
+    with pytest.raises(ValueError, match="recipe='indicatrix': a linear classifier becomes a head of recipe 'plain'"):
+        timm_faim.convert(timm.create_model("test_vit", num_classes=4), faim_cfg=dict(recipe="indicatrix"))
