@@ -2,7 +2,7 @@
 
 All that use a within-class covariance W share one eigendecomposition W = V diag(w) V', in whose coordinates the shrunk
 precision Σ = ((1 - a) W + a tr(W)/D I)⁻¹ is diagonal for every shrinkage a. This is what :func:`timm_faim.fit_` does,
-written out so that a search over a costs no further factorisation; ``frozen.py --check`` compares the two.
+written out so that a search over a costs no further factorisation; ``check.py`` compares the two.
 
 Two identities say what is new here and what is not. With equal class priors the nearest mean under Σ *is* linear
 discriminant analysis (Fisher 1936; Rao 1948): ``faim_metric_0.3`` and ``lda_0.3`` predict the same. With λ = 0 the

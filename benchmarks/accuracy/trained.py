@@ -10,7 +10,6 @@ AdamW, which depends on coordinates, sees the prototypes in the metric's own.
 Shapes: N images, V views (the first is the centre crop), C classes, D features.
 """
 
-import copy
 from dataclasses import dataclass
 
 import heads
@@ -160,11 +159,3 @@ def logistic(data: TrainingSet, C: float, iterations: int = 40) -> nn.Module:
 
     optimizer.step(closure)
     return head.eval()
-
-
-def check_frame(data: TrainingSet) -> float:
-    """Largest difference of logits between a closed-form head and the same head in its frame."""
-    head = copy.deepcopy(data.full).eval()
-    moved = in_frame(data.full, False, scale=head.scale_init, margin=0.0).eval()
-    with torch.no_grad():
-        return (head(data.x[:64]) - moved(data.frame_x[:64])).abs().max().item()
