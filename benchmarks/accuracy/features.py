@@ -9,6 +9,7 @@ Shapes: N images, V views, D features.
 """
 
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 MODEL = "tf_efficientnet_lite0"
+CACHE = Path(tempfile.gettempdir()) / "timm_faim_accuracy"  # where scratch goes unless told otherwise
 RESIZE, CROP, VIEW_AREA = 184, 160, (0.35, 1.0)
 
 _BICUBIC = v2.InterpolationMode.BICUBIC

@@ -27,7 +27,7 @@ import sklearn
 import timm
 import torch
 import trained
-from features import FrozenFeatures, frozen_features
+from features import CACHE, FrozenFeatures, frozen_features
 from torch import Tensor
 
 import timm_faim
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of tf_efficientnet_lite0")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders with train/ and val/")
     parser.add_argument("--output", type=Path, default=Path("results/frozen.jsonl"))
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/study/cache"), help="scratch folder for features")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
     parser.add_argument("--views", type=int, default=4, help="augmented views of each training image")
     parser.add_argument("--closed-form-only", nargs="*", default=[], metavar="NAME", help="data sets without training")
     parser.add_argument("--trials", type=int, default=8)

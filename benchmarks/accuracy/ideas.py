@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from closed_form import Support
-from features import frozen_features
+from features import CACHE, frozen_features
 from frozen import cut, images_with_views
 from sklearn.covariance import ledoit_wolf_shrinkage
 from tables import interval
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ideas.md")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/study/cache"), help="scratch folder for features")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()

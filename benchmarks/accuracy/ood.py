@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import trained
-from features import FrozenFeatures, frozen_features
+from features import CACHE, FrozenFeatures, frozen_features
 from frozen import VERSIONS, Log, choose, images_with_views, selection_split
 from sklearn.metrics import roc_auc_score
 from tables import interval
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ood.jsonl")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/study/cache"), help="scratch folder for features")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)

@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from features import CACHE
 from finetune import SETTINGS, Run, stored_size
 from heads import METHODS
 from images import load_images
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1, help="on each GPU")
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/accuracy"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "finetune.jsonl")
     args = parser.parse_args()
     deadline = time.time() + 60 * args.minutes
