@@ -35,7 +35,7 @@ from timm_faim.training.plan import dry_run
 from timm_faim.training.refit import build_refit
 from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
-from timm_faim.training.stages import build_stages, split_groups
+from timm_faim.training.stages import build_stages, split_groups, without_effect
 from timm_faim.training.state import Checkpointer
 from timm_faim.training.summary import save_recipe
 
@@ -71,6 +71,8 @@ def train_with(args: argparse.Namespace) -> None:
 
     order = TrainingOrder(train_loader, args.seed, accelerator.process_index,
                           build_class_sampler(args, data, accelerator))
+    if idle := without_effect(args, model):
+        log(f"{', '.join(idle)}: the metric of this model does not learn (learn_metric=False), nothing to move")
     frozen = apply_freeze(args, model)
     part, val_batches = model, val_loader
     if args.head_init == "data" and faim_heads(model):

@@ -12,7 +12,7 @@ from seeds import FoundingHead
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, TargetMargin, faim_heads, fit_, set_damping
+from timm_faim import FAIMHead, TargetMargin, faim_heads, fit_, set_damping, to_linear
 
 B, C, D = 6, 5, 16
 
@@ -326,7 +326,7 @@ def _indicatrix(D=6, C=4, **options):
 def test_indicatrix_is_the_distance_between_points_of_norm_one():
     head, x = _indicatrix()
     assert torch.allclose(head.center, x.mean(0))
-    embedded, prototypes = head.embed(x), head.embed(head.mu)
+    embedded, prototypes = head.embed(x), head.project(head.mu)
     assert torch.allclose(head.metric.norm(embedded), torch.ones(40, dtype=x.dtype), atol=2e-3)  # ε smooths
     expected = -head.gamma() * head.metric.reference(embedded, prototypes)
     torch.testing.assert_close(head(x), expected, rtol=1e-9, atol=1e-9)
@@ -372,3 +372,30 @@ def test_indicatrix_under_autocast_is_float32():
         assert torch.equal(head(x), head(x.float()))
         got = head(x)
     torch.testing.assert_close(got, head(x), rtol=1e-5, atol=1e-4)
+
+
+def test_indicatrix_keeps_prototypes_of_classes_without_samples_and_its_accuracy_in_half_precision():
+    head, x = _indicatrix()
+    before = head.mu.clone()
+    fit_(head, x[:30] + 3.0, torch.arange(30) % 3)
+    assert torch.equal(head.mu[3], before[3]) and not torch.equal(head.mu[0], before[0])
+    far = fit_(head.float(), x.float() + 300.0, torch.arange(40) % 4)
+    points = far.project(far.mu)
+    rounded = far.bfloat16()
+    assert (rounded.project(rounded.mu).float() - points).abs().max() < 0.02
+
+
+def test_project_of_a_point_is_the_point():
+    head, x = _indicatrix()
+    points = head.embed(x)
+    assert torch.allclose(head.project(points), points, atol=2e-3)
+    assert not torch.allclose(head.embed(points), points, atol=0.1)
+
+
+def test_linear_layer_of_an_indicatrix_head_is_refused():
+    torch.manual_seed(0)
+    head = FAIMHead(6, 4, 0.0, full_sigma=True, normalize=True, indicatrix=True)
+    x = torch.randn(40, 6) + 2.0
+    fit_(head, x, torch.arange(40) % 4, shrinkage=1.0)
+    with pytest.raises(ValueError, match="indicatrix=True with a centre other than 0"):
+        to_linear(head, x)

@@ -283,3 +283,16 @@ def test_recipes_are_presets_that_other_keys_override():
         resolve_faim_cfg(dict(recipe="best"))
     with pytest.raises(ValueError, match="recipe='indicatrix': a linear classifier becomes a head of recipe 'plain'"):
         timm_faim.convert(timm.create_model("test_vit", num_classes=4), faim_cfg=dict(recipe="indicatrix"))
+
+
+def test_config_saved_before_recipes_stays_what_it_was(tmp_path):
+    model = timm.create_model("faim_test_vit", num_classes=3, faim_cfg=dict(recipe="plain", normalize=True)).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("recipe", "indicatrix", "learn_metric"):
+        del config["model_args"]["faim_cfg"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(again(x), model(x)) and again.faim_cfg == model.faim_cfg
+    assert all(p.requires_grad for p in again.head.metric.parameters())

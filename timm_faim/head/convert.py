@@ -18,6 +18,7 @@ Only differences between logits survive: all that a softmax or an argmax sees, b
 Shapes: N features, C classes, D features' width. Everything is solved in float64 on the CPU.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Optional, Union
@@ -137,6 +138,8 @@ def contradiction(faim_cfg: Mapping[str, Any]) -> Optional[str]:
         return f"recipe={faim_cfg['recipe']!r}: a linear classifier becomes a head of recipe 'plain'; leave recipe out"
     if faim_cfg.get("normalize"):
         return "normalize=True: a linear classifier sees the length of a feature; leave normalize out"
+    if faim_cfg.get("indicatrix"):
+        return "indicatrix=True: a linear classifier sees the length of a feature; leave indicatrix out"
     if faim_cfg.get("lambda_init"):
         return f"lambda_init={faim_cfg['lambda_init']}: a linear classifier has λ = 0; leave lambda_init out"
     if faim_cfg.get("init", "scaled") != "scaled":
@@ -175,6 +178,11 @@ def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
             f"a head with λ = {lmbda:g} has a 1-form, which no linear layer expresses; train with lambda_init=0 and "
             "lmbda frozen, or set head.metric.lmbda to 0 and measure what that costs"
         )
+    if head.center is not None and head.center.any():
+        raise ValueError(
+            "indicatrix=True with a centre other than 0: |x - c|_Σ depends on the feature, which no linear layer "
+            "expresses; keep the FAIM head"
+        )
     D = head.in_features
     sigma_DD = metric.sigma().double().cpu()
     unit = sigma_DD.diagonal().mean().item()
@@ -188,8 +196,9 @@ def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
     length = 1.0
     if head.normalize:
         length = math.sqrt(D) if x_ND is None else x_ND.norm(dim=1).mean().item()
-    x_ND = None if x_ND is None else head.embed(x_ND)
-    mu_CD = head.embed(head.mu.double().cpu())
+    exact = copy.deepcopy(head).cpu().double()
+    x_ND = None if x_ND is None else exact.embed(x_ND)
+    mu_CD = exact.project(exact.mu)
 
     # d_k² = |x - o|² - 2 (x - o)'Σ(μ_k - o) + |μ_k - o|²; o only decides where the root is expanded
     centred = x_ND is not None and not head.normalize

@@ -9,7 +9,7 @@ which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). 
 a feature to a prototype 1, the scale at which a head starts otherwise.
 
 A head with ``indicatrix`` gets the mean of all features as its centre c, and its prototypes are the class means
-projected onto the indicatrix, c + (m_k - c) / F(m_k - c), so that one learning rate suits every backbone. There s is
+projected onto the indicatrix, (m_k - c) / F(m_k - c), so that one learning rate suits every backbone. There s is
 the inverse of the mean variance: distances on the indicatrix do not depend on it.
 
 Shapes: N samples, C classes, D features.
@@ -112,7 +112,7 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     means_CD = means_CD[seen_C]
     if head.center is not None:
         head.center.copy_(mean_D)
-        means_CD = mean_D + head.embed(means_CD)
+        means_CD = head.embed(means_CD)
     head.mu[seen_C] = means_CD.to(head.mu.dtype)
     return head
 

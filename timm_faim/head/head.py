@@ -51,13 +51,13 @@ class FAIMHead(nn.Module):
         margin: m >= 0, added to the target's distance in training. Reaches the loss through
             :class:`timm_faim.TargetMargin`, or ``head(x, target)`` where the head is called directly.
         indicatrix: with ``normalize``, onto the unit sphere of the metric itself (its indicatrix, F = 1) around
-            ``center`` in place of the Euclidean one around 0: x̂ = (x - c) / F(x - c), prototypes likewise.
+            ``center`` in place of the Euclidean one around 0: x̂ = (x - c) / F(x - c), μ̂ = μ / F(μ).
         learn_metric: False keeps Σ, β and λ as they start or as a closed-form fit sets them.
         eps: ε of the metric.
 
     Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; with ``indicatrix`` a
-    buffer ``center`` [D], which a fit sets. γ and λ act as absolute values, so that no optimizer step makes them
-    negative in effect. State dicts of the founding code
+    buffer ``center`` [D], which a fit sets, and ``mu`` counts from there. γ and λ act as absolute values, so that no
+    optimizer step makes them negative in effect. State dicts of the founding code
     (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly.
 
     Raises:
@@ -156,7 +156,7 @@ class FAIMHead(nn.Module):
         if convolutional:
             x = x.permute(0, 2, 3, 1)
         if self.center is not None:
-            logits = self.metric.scaled_distance(self.embed(x), self.embed(self.mu), -self.gamma(), False)
+            logits = self.metric.scaled_distance(self.embed(x), self.project(self.mu), -self.gamma(), False)
         else:
             logits = self.metric.scaled_distance(self.embed(x), self.mu, -self.gamma(), self.normalize)
         if self.prior is not None:
@@ -169,9 +169,18 @@ class FAIMHead(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Features as the metric sees them: x, or in at least float32 x / |x| or (x - c) / F(x - c)."""
         if self.center is not None:
-            v = x.to(torch.promote_types(x.dtype, torch.float32)) - self.center
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) - self.center
+        return self.project(x)
+
+    def project(self, v: Tensor) -> Tensor:
+        """Points as the metric sees them: v, or in at least float32 v / |v| or v / F(v).
+
+        Prototypes are such points, and so are means of embedded features: ``project`` of a point is the point itself.
+        """
+        if self.center is not None:
+            v = v.to(torch.promote_types(v.dtype, torch.float32))
             return v / self.metric.norm(v).unsqueeze(-1)
-        return unit_vectors(x) if self.normalize else x
+        return unit_vectors(v) if self.normalize else v
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in _SEED_KEYS:

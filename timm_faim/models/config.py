@@ -19,6 +19,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "seed": {"init": "seed"},
 }  # fmt: skip
 DEFAULT_RECIPE = "indicatrix"
+_BEFORE_RECIPES = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init", "normalize", "learn_scale",
+                   "damping", "prior", "margin", "eps"}  # fmt: skip
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
 
 
@@ -57,6 +59,8 @@ def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
         TypeError: not a mapping, or a value of another type than the default's.
         ValueError: an unknown key or recipe; the message names the nearest known one.
     """
+    if isinstance(faim_cfg, Mapping) and "recipe" not in faim_cfg and faim_cfg.keys() >= _BEFORE_RECIPES:
+        faim_cfg = {"recipe": "plain", **faim_cfg}  # a completed config that was saved before there were recipes
     options = {"recipe": DEFAULT_RECIPE} | head_options() | block_options()
     faim_cfg = {} if faim_cfg is None else faim_cfg
     if not isinstance(faim_cfg, Mapping):

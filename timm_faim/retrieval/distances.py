@@ -6,6 +6,7 @@ Shapes: B queries, N gallery images, D features.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from .search import Between
 class Distance:
     """A distance of features: ``between`` (points [B, D], points [N, D]) -> [B, N], of points ``embed`` (features).
 
-    ``embed`` of a point is the point itself (up to rounding); a mean of points is brought back among them by it.
+    ``project`` brings a mean of points back among them; of a point it is the point itself (up to rounding).
     """
 
     name: str
     embed: Callable[[Tensor], Tensor]
     between: Between
+    project: Callable[[Tensor], Tensor]
 
 
 def distances_of(head: FAIMHead, device: torch.device) -> list[Distance]:
@@ -34,11 +36,12 @@ def distances_of(head: FAIMHead, device: torch.device) -> list[Distance]:
     FAIM is ``head.metric`` on ``head.embed(x)``, with the query as the first point: d_F(query, gallery) =
     F(query - gallery), a direction that matters for a Randers metric.
     """
-    metric = copy.deepcopy(head.metric).to(device, torch.float64).requires_grad_(False)
+    exact = copy.deepcopy(head).to(device, torch.float64).requires_grad_(False)
+    unit = partial(normalize, dim=-1)
     return [
-        Distance("FAIM", head.embed, metric),
-        Distance("Euclidean", lambda x: x, euclidean),
-        Distance("cosine", lambda x: normalize(x, dim=-1), cosine),
+        Distance("FAIM", exact.embed, exact.metric, exact.project),
+        Distance("Euclidean", lambda x: x, euclidean, lambda x: x),
+        Distance("cosine", unit, cosine, unit),
     ]
 
 

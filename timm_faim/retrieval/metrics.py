@@ -121,7 +121,7 @@ def lloyd(points_ND: Tensor, distance: Distance, initial_K: Tensor, iterations: 
         label_N = new_N
         count_K1 = torch.bincount(label_N, minlength=len(centres_KD))[:, None]
         means_KD = torch.zeros_like(centres_KD).index_add_(0, label_N, points_ND) / count_K1.clamp_min(1)
-        centres_KD = torch.where(count_K1 > 0, distance.embed(means_KD), centres_KD)
+        centres_KD = torch.where(count_K1 > 0, distance.project(means_KD), centres_KD)
     return label_N
 
 

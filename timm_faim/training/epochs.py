@@ -72,10 +72,15 @@ def finish_epoch(
     if is_evaluated:
         validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
     if run.refit is not None and epoch + 1 == epochs:
-        run.refit(run)
-        if is_evaluated:
-            log(f"heads refitted in closed form; before: {args.eval_metric} {validated[args.eval_metric]:.2f}")
-            validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
+        try:
+            run.refit(run)
+        except UserError as error:  # the epoch is not lost for it
+            log(f"heads stay as trained: {error}")
+        else:
+            before = f"; before: {args.eval_metric} {validated[args.eval_metric]:.2f}" if is_evaluated else ""
+            log(f"heads refitted in closed form{before}")
+            if is_evaluated:
+                validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
     if not math.isfinite(validated.get("loss", 0.0)):
         raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch + 1}. Checkpoints of earlier "
                         f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad")

@@ -133,6 +133,16 @@ def build_stages(args: argparse.Namespace, updates_per_epoch: int, epochs: int) 
     return StageSchedule(lengths[0], sum(lengths), args.freeze_gamma)
 
 
+def without_effect(args: argparse.Namespace, model: torch.nn.Module) -> list[str]:
+    """Flags that move the metric, where no metric of the model learns, as in the default recipe."""
+    metrics = [module for module in model.modules() if isinstance(module, FAIMMetric)]
+    if not metrics or any(parameter.requires_grad for metric in metrics for parameter in metric.parameters()):
+        return []
+    moves = {"--stages": args.stages and any(args.stages), "--damp-epochs": args.damp_epochs,
+             "--lr-scale-metric": args.lr_scale_metric != 1, "--lr-scale-lambda": args.lr_scale_lambda is not None}
+    return [flag for flag, is_given in moves.items() if is_given]
+
+
 def describe(schedule: StageSchedule, updates_per_epoch: int, epochs: int) -> list[str]:
     """One line a stage, for a person."""
     bounds = (0, schedule.warm_up_end, schedule.tune_metric_end, updates_per_epoch * epochs)

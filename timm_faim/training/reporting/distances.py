@@ -46,7 +46,8 @@ class HeadDistances:
 
     def __init__(self, head: FAIMHead) -> None:
         self.head = head
-        self.metric = copy.deepcopy(head.metric).cpu().double().requires_grad_(False)
+        self.exact = copy.deepcopy(head).cpu().double().requires_grad_(False)
+        self.metric = self.exact.metric
 
     @torch.no_grad()
     def parts(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ class HeadDistances:
             features: x [N, D] as `head_features` gives them.
             classes: k [N], one for each row.
         """
-        prototypes = self.head.embed(self.head.mu.detach()[classes.to(self.head.mu.device)].cpu().double())
+        prototypes = self.exact.project(self.exact.mu[classes.cpu()])
         v = features - prototypes
         metric = self.metric
         sigma, tril, beta, lmbda = metric.tensors(torch.float64)

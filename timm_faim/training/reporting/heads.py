@@ -1,4 +1,5 @@
 """Pictures of FAIM heads: their parameters, and validation images beside the prototypes that decided them."""
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,9 @@ class Examples:
     @torch.no_grad()
     def of(cls, positions: np.ndarray, features: torch.Tensor, head: FAIMHead, evaluation: Evaluation) -> "Examples":
         """Find the rivals; a single class is its own rival."""
-        logits = head(features.to(head.mu.device, torch.promote_types(head.mu.dtype, torch.float32))).cpu()
+        exact = copy.deepcopy(head).cpu().double()
+        logits = -exact.gamma() * exact.metric(features, exact.project(exact.mu))
+        logits = logits if exact.prior is None else logits + exact.prior
         predicted, target = evaluation.prediction[positions], evaluation.target[positions]
         if logits.shape[1] > 1:
             logits[torch.arange(len(logits)), torch.from_numpy(predicted)] = -torch.inf

@@ -2,6 +2,7 @@
 
 Shapes: N images, D features.
 """
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -86,6 +87,7 @@ def head_features(
     def keep(name: str, _head: FAIMHead, args: tuple) -> None:
         inputs[name] = args[0].detach()
 
+    exact = {name: copy.deepcopy(head).cpu().double() for name, head in heads.items()}
     handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
     device = next(model.parameters()).device
     training, classes = model.training, []
@@ -97,7 +99,7 @@ def head_features(
             classes.append(target)
             for name, x in inputs.items():
                 x = mean_input(heads[name], x)
-                kept.setdefault(name, []).append(heads[name].embed(x.cpu().double()))
+                kept.setdefault(name, []).append(exact[name].embed(x.cpu().double()))
     finally:
         for handle in handles:
             handle.remove()
