@@ -406,7 +406,9 @@ def test_refitted_heads_are_class_statistics_of_the_trained_features(images, tmp
     torch.testing.assert_close(head.metric.norm(prototypes), torch.ones(3), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("other", ["--cache-features --head-only", "--views 2", "--fsdp", "--aug-splits 2"])
-def test_refit_needs_whole_models_and_one_view(other):
+@pytest.mark.parametrize("other", ["--cache-features --head-only", "--fsdp", "--aug-splits 2"])
+def test_refit_needs_whole_models(other):
+    assert parse_args([]).head_refit == 3 and parse_args(["--head-refit", "-1"]).head_refit is None  # the demo
+    assert parse_args(other.split()).head_refit is None, "what the recipe asks for gives way"
     with pytest.raises(UserError, match=f"--head-refit does not go with {other.split()[0]}"):
         parse_args(f"--data-dir d --model faim_resnet18 --head-refit 1 {other}".split())

@@ -57,6 +57,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if line.push_to_hub:
             raise UserError("--push-to-hub publishes a training. Publish a run with python -m timm_faim.hub push")
         _choose_evaluated(parser, args, line.experiment)
+    in_line = any(word.split("=")[0] == "--head-refit" for word in argv)
+    if args.head_refit == -1 or not in_line and _without_refit(args):
+        args.head_refit = None  # that of a recipe gives way to what it does not go with
     _complete(args)
     _check_values(args)
     _check_combinations(args)
@@ -88,6 +91,13 @@ def _choose_evaluated(parser: Parser, args: argparse.Namespace, experiment: str)
 def is_faim(model_name: str) -> bool:
     """Whether a name may have a FAIM head: a faim_ twin, or a saved model whose architecture is not known yet."""
     return model_name.startswith("faim_") or ":" in model_name
+
+
+def _without_refit(args: argparse.Namespace) -> list[str]:
+    """What among the options --head-refit does not go with."""
+    return [flag for flag, on in (
+        ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
+        ("--aug-splits", args.aug_splits), (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
 
 
 def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
@@ -272,10 +282,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     not_contrastive = [flag for flag, on in (
         ("--mixup and --cutmix", mixes), ("--multi-label", args.multi_label), ("--kd-model-name", args.kd_model_name),
         ("--aug-splits", splits), ("--fsdp", args.fsdp)) if on]
-    not_refit = [flag for flag, on in (
-        ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
-        ("--aug-splits", splits), ("--views", args.views > 1),
-        (f"--dataset {args.dataset}", kind in STREAMED)) if on]
+    not_refit = _without_refit(args)
     rules = (
         # data
         (args.multi_label and kind not in WITH_FIELDS,
@@ -315,7 +322,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (loss in ("ce", "jsd") and args.multi_label, f"--multi-label does not go with the {loss} loss"),
         (args.head_init == "data" and args.multi_label, "--head-init data does not go with --multi-label"),
         (args.head_refit is not None and not_refit, f"--head-refit does not go with {_join(not_refit[:1])}"),
-        (args.head_refit is not None and args.head_refit < 0, f"--head-refit must be >= 0, got {args.head_refit}"),
+        (args.head_refit is not None and args.head_refit < 0,
+         f"--head-refit must be >= 0, or -1 for none, got {args.head_refit}"),
         (args.kd_model_name and args.multi_label, "--kd-model-name does not go with --multi-label"),
         (of_teacher and not args.kd_model_name, f"{_join(of_teacher[:1])} needs a teacher: give --kd-model-name"),
         # contrastive losses

@@ -132,7 +132,7 @@ def _faim(parser: Parser) -> None:
         help="data: class means and within-class variance of the backbone's features")
     add("--head-refit", type=int, metavar="N",
         help="after the last epoch set centre, prototypes and Σ in closed form, from all training images and N "
-             "augmented epochs")
+             "augmented epochs; -1: not, where a recipe does")
     add("--damp-epochs", type=int, default=0, metavar="N", help="fade the 1-form in over the first N epochs")
     add("--stages", type=float, nargs=2, metavar=("WARMUP", "TUNE"),
         help="epochs of the stages warm-up (metric frozen, no label smoothing) and tune-metric (rate of the metric "
