@@ -15,6 +15,7 @@ import torch
 from features import load_backbone
 from heads import METHODS
 from images import Images, augment, centre, cut, draw_augmentation, hold_out
+from measures import measures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -153,12 +154,12 @@ class Run:
         return self.step < self.steps
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, views: bool = False) -> Tensor:
-        """Features [N, D] of uint8 images in eval mode: centre crops, or one augmented view of each."""
+    def features(self, pixels: Tensor, view: int | None = None) -> Tensor:
+        """Features [N, D] of uint8 images in eval mode: centre crops, or the augmented view of this number."""
         self.model.eval()
-        generator, rows = torch.Generator().manual_seed(self.config["seed"] + 77), []
+        generator, rows = torch.Generator().manual_seed(1000 * (view or 0) + self.config["seed"] + 77), []
         for batch in pixels.split(512):
-            if views:
+            if view is not None:
                 drawn = draw_augmentation(len(batch), self.kind, generator).to(self.device)
                 x = augment(batch, drawn, self.resolution)
             else:
@@ -175,25 +176,19 @@ class Run:
             self.stream.synchronize()
         self.head.eval()
         x, y = self.features(self.test[0]), self.test[1]
-        result = {**self.config, **measured("", self.head(x), y), "steps": self.steps, "loss": self.loss.item()}
+        result = {**self.config, **percent("", self.head(x), y), "steps": self.steps, "loss": self.loss.item()}
         crops = [self.features(self.pixels)]
-        for view in range(REFIT_VIEWS):
-            self.generator.manual_seed(view)
-            crops.append(self.features(self.pixels, views=True))
+        crops += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
         seen, labels = torch.cat(crops), self.labels.repeat(len(crops))
         options = {"normalize": True, "indicatrix": True, "scale_init": 16.0}
         for name, full, lmbda in (("refit", True, 0.0), ("refit_beta", True, 0.3), ("refit_identity", False, 0.0)):
             head = timm_faim.FAIMHead(x.shape[1], self.classes, lmbda, full_sigma=full, **options).to(self.device)
             timm_faim.fit_(head, seen, labels, shrinkage=0.3 if full else 1.0)
-            result |= measured(name + "_", head.eval()(x), y)
+            result |= percent(name + "_", head.eval()(x), y)
         result["seconds"] = round(time.time() - self.began, 1)
         return result
 
 
-def measured(prefix: str, logits: Tensor, target: Tensor) -> dict[str, float]:
-    """Top-1 in per cent and the expected calibration error of 15 bins (Guo et al. 2017), as they are."""
-    confidence, guess = logits.softmax(1).max(1)
-    right = (guess == target).float()
-    bins = (confidence * 15).ceil().clamp(1, 15).long() - 1
-    gaps = torch.zeros(15, device=logits.device).index_add_(0, bins, right - confidence)
-    return {f"{prefix}top1": 100 * right.mean().item(), f"{prefix}ece": 100 * (gaps.abs().sum() / len(target)).item()}
+def percent(prefix: str, logits: Tensor, target: Tensor) -> dict[str, float]:
+    """The measures in per cent, by prefixed name."""
+    return {prefix + name: 100 * value for name, value in measures(logits, target).items()}
