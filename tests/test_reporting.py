@@ -184,7 +184,7 @@ def test_rival_is_the_true_class_or_the_second_choice():
     target = order[:, 0].copy()
     target[4:] = order[4:, 3]
     evaluation = Evaluation(5, np.arange(6), target, order[:, 0], *[np.ones(6)] * 4)
-    rivals = head_pictures.Examples.of(np.arange(6), features, head, evaluation).rivals
+    rivals = head_pictures.Examples.of(np.arange(6), features, HeadDistances(head), evaluation).rivals
     assert rivals.tolist() == [*order[:4, 1], *target[4:]]
 
 

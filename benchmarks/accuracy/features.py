@@ -8,6 +8,7 @@ from a generator seeded by the image's place in the list.
 Shapes: N images, V views, D features.
 """
 
+import argparse
 import hashlib
 import tempfile
 from dataclasses import dataclass
@@ -43,6 +44,19 @@ class FrozenFeatures:
     val_N: Tensor
     views_VND: Optional[Tensor]
     data_hash: str
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """--weights, --data, --cache and --views of the scripts on frozen features."""
+    parser.add_argument("--weights", type=Path, required=True, help="safetensors file of tf_efficientnet_lite0")
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders with train/ and val/")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
+    parser.add_argument("--views", type=int, default=4, help="augmented views of each training image")
+
+
+def named_folders(entries: list[str]) -> dict[str, Path]:
+    """Folders by name of the NAME=DIR words of --data."""
+    return {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in entries)}
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int]]:

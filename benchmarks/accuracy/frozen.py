@@ -27,7 +27,8 @@ import sklearn
 import timm
 import torch
 import trained
-from features import CACHE, FrozenFeatures, frozen_features
+from features import FrozenFeatures, data_arguments, frozen_features, named_folders
+from measures import measures
 from torch import Tensor
 
 import timm_faim
@@ -59,20 +60,6 @@ def selection_split(targets_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         members = order[targets_N[order] == label]
         held[members[: max(1, round(len(members) / 4))]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
-def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
-    """ECE with bins of equal width (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-    confidence, predicted = logits.softmax(1).max(1)
-    correct = (predicted == targets).double()
-    index = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence.double())
-    return gaps.abs().sum().item() / len(targets)
-
-
-def measures(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    top1 = (logits.argmax(1) == targets).double().mean().item()
-    return {"top1": top1, "ece": expected_calibration_error(logits, targets)}
 
 
 class Log:
@@ -182,11 +169,8 @@ def run_trained(name: str, data: FrozenFeatures, shots: Optional[int], log: Log,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="safetensors file of tf_efficientnet_lite0")
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders with train/ and val/")
+    data_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("results/frozen.jsonl"))
-    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
-    parser.add_argument("--views", type=int, default=4, help="augmented views of each training image")
     parser.add_argument("--closed-form-only", nargs="*", default=[], metavar="NAME", help="data sets without training")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
@@ -194,10 +178,9 @@ def main() -> None:
     args = parser.parse_args()
     log = Log(args.output)
     sets = {}
-    for item in args.data:
-        name, folder = item.split("=", 1)
+    for name, folder in named_folders(args.data).items():
         views = 0 if name in args.closed_form_only else args.views
-        sets[name] = frozen_features(name, Path(folder), args.weights, args.cache, views)
+        sets[name] = frozen_features(name, folder, args.weights, args.cache, views)
     for name, data in sets.items():
         for shots in SHOTS:
             for support in ("centre", "views") if data.views_VND is not None else ("centre",):

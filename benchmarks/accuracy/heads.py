@@ -23,6 +23,12 @@ from timm_faim import FAIMHead
 Ranges = dict[str, tuple[float, float, str]]  # option -> (low, high, 'log' or 'linear')
 
 
+def place(u: float, range_: tuple[float, float, str]) -> float:
+    """The value of an option at u in [0, 1] of its range."""
+    low, high, kind = range_
+    return low * (high / low) ** u if kind == "log" else low + u * (high - low)
+
+
 def class_means(features: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """Means [C, D] of features [N, D] by class; 0 for a class without one."""
     sums_CD = features.new_zeros(num_classes, features.shape[1]).index_add_(0, targets, features)

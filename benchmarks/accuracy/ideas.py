@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from closed_form import Support
-from features import CACHE, frozen_features
+from features import data_arguments, frozen_features, named_folders
 from frozen import cut, images_with_views
 from sklearn.covariance import ledoit_wolf_shrinkage
 from tables import interval
@@ -113,16 +113,13 @@ IDEAS: dict[str, Callable[[Support, Tensor], Tensor]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR")
+    data_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ideas.md")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
-    parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     gaps: dict[str, dict] = defaultdict(lambda: defaultdict(list))
-    for name, folder in (entry.split("=", 1) for entry in args.data):
-        data = frozen_features(name, Path(folder), args.weights, args.cache, args.views)
+    for name, folder in named_folders(args.data).items():
+        data = frozen_features(name, folder, args.weights, args.cache, args.views)
         features = images_with_views(data, True)
         for shots in (1, 3, 5, None):
             for seed in range(1 if shots is None else args.seeds):

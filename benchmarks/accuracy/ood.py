@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import trained
-from features import CACHE, FrozenFeatures, frozen_features
+from features import FrozenFeatures, data_arguments, frozen_features, named_folders
 from frozen import VERSIONS, Log, choose, images_with_views, selection_split
 from sklearn.metrics import roc_auc_score
 from tables import interval
@@ -112,18 +112,15 @@ def report(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR")
+    data_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ood.jsonl")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for features")
-    parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     log = Log(args.output)
-    for name, folder in (entry.split("=", 1) for entry in args.data):
-        data = frozen_features(name, Path(folder), args.weights, args.cache, args.views)
+    for name, folder in named_folders(args.data).items():
+        data = frozen_features(name, folder, args.weights, args.cache, args.views)
         settings: dict[str, dict] = {}
         for seed in range(args.seeds):
             if log.find({"data": name, "score": "k nearest images"}, seed):

@@ -17,9 +17,9 @@ from typing import Any
 
 import timm
 import torch
-from features import CACHE
+from features import CACHE, named_folders
 from finetune import SETTINGS, Run, stored_size
-from heads import METHODS
+from heads import METHODS, place
 from images import load_images
 from scipy.stats import qmc
 from torch import multiprocessing
@@ -33,8 +33,7 @@ def trials(setting: str, method: str, count: int) -> list[dict[str, Any]]:
     pretrained = SETTINGS[setting][2] == "pretrained"
     configs = []
     for point in qmc.Sobol(8, seed=0).random_base2(4)[:count]:
-        value = {name: low * (high / low) ** u if kind == "log" else low + (high - low) * u
-                 for u, (name, (low, high, kind)) in zip(point, ranges.items(), strict=False)}
+        value = {name: place(u, range_) for u, (name, range_) in zip(point, ranges.items(), strict=False)}
         means = pretrained and (method.startswith("faim_indicatrix") or point[6] < 0.5)
         configs.append({
             "setting": setting, "method": method, "lr": value.pop("lr") * SETTINGS[setting][5],
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "finetune.jsonl")
     args = parser.parse_args()
     deadline = time.time() + 60 * args.minutes
-    args.data = {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in args.data)}
+    args.data = named_folders(args.data)
     settings = [s for s in args.settings or SETTINGS if SETTINGS[s][0] in args.data]
     for setting in settings:
         load_images(args.data[SETTINGS[setting][0]], stored_size(setting), args.cache)

@@ -42,10 +42,7 @@ def sobol_settings(method: str, trials: int) -> list[dict[str, float]]:
     points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(trials)
     settings = []
     for point in points.tolist():
-        values = {}
-        for u, (name, (low, high, kind)) in zip(point, SPACES[method].items(), strict=False):
-            values[name] = low * (high / low) ** u if kind == "log" else low + u * (high - low)
-        settings.append(values)
+        settings.append({n: heads.place(u, r) for u, (n, r) in zip(point, SPACES[method].items(), strict=False)})
     return settings
 
 

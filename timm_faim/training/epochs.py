@@ -71,16 +71,8 @@ def finish_epoch(
     validated = {}
     if is_evaluated:
         validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
-    if run.refit is not None and epoch + 1 == epochs:
-        try:
-            run.refit(run)
-        except UserError as error:  # the epoch is not lost for it
-            log(f"heads stay as trained: {error}")
-        else:
-            before = f"; before: {args.eval_metric} {validated[args.eval_metric]:.2f}" if is_evaluated else ""
-            log(f"heads refitted in closed form{before}")
-            if is_evaluated:
-                validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
+    if run.refit is not None and epoch + 1 == epochs and _has_refitted(run, validated, log) and is_evaluated:
+        validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
     if not math.isfinite(validated.get("loss", 0.0)):
         raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch + 1}. Checkpoints of earlier "
                         f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad")
@@ -120,6 +112,18 @@ def finish_epoch(
     progress.end_epoch()
     if run.checkpointer is not None:
         run.checkpointer.save(progress)
+
+
+def _has_refitted(run: Training, validated: dict[str, Any], log: Callable) -> bool:
+    """Refit the heads and say what they reached before; False, with the reason, where they stay as trained."""
+    try:
+        run.refit(run)
+    except UserError as error:  # the epoch is not lost for it
+        log(f"heads stay as trained: {error}")
+        return False
+    metric = run.args.eval_metric
+    log("heads refitted in closed form" + (f"; before: {metric} {validated[metric]:.2f}" if validated else ""))
+    return True
 
 
 def chosen_metric(

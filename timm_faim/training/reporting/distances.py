@@ -50,6 +50,13 @@ class HeadDistances:
         self.metric = self.exact.metric
 
     @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """The head's logits [N, C] of features [N, D] as `head_features` gives them, which are points already."""
+        head = self.exact
+        logits = -head.gamma() * head.metric(features, head.project(head.mu))
+        return logits if head.prior is None else logits + head.prior
+
+    @torch.no_grad()
     def parts(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Riemannian part sqrt(v'Σv + ε) [N] and 1-form part [N] of d_F(x, μ_k), which sum to it.
 

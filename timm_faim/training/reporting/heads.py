@@ -1,5 +1,4 @@
 """Pictures of FAIM heads: their parameters, and validation images beside the prototypes that decided them."""
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from timm_faim import FAIMHead
 from timm_faim.training.evaluation import Evaluation
 from timm_faim.training.reporting import plots
 from timm_faim.training.reporting.distances import Geometry, HeadDistances
@@ -181,12 +179,11 @@ class Examples:
     rivals: np.ndarray
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, positions: np.ndarray, features: torch.Tensor, head: FAIMHead, evaluation: Evaluation) -> "Examples":
+    def of(
+            cls, positions: np.ndarray, features: torch.Tensor, distances: HeadDistances, evaluation: Evaluation,
+    ) -> "Examples":
         """Find the rivals; a single class is its own rival."""
-        exact = copy.deepcopy(head).cpu().double()
-        logits = -exact.gamma() * exact.metric(features, exact.project(exact.mu))
-        logits = logits if exact.prior is None else logits + exact.prior
+        logits = distances.logits(features)
         predicted, target = evaluation.prediction[positions], evaluation.target[positions]
         if logits.shape[1] > 1:
             logits[torch.arange(len(logits)), torch.from_numpy(predicted)] = -torch.inf

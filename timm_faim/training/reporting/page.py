@@ -156,12 +156,12 @@ def _add_heads(
         return
     # of several heads the first: they share what the images look like
     name = reached[0]
+    distances = HeadDistances(heads[name])
     shown = head_pictures.Examples.of(
-        examples, seen.features[name][np.searchsorted(seen.positions, examples)], heads[name], evaluation)
+        examples, seen.features[name][np.searchsorted(seen.positions, examples)], distances, evaluation)
     classes = sorted({*evaluation.prediction[examples].tolist(), *shown.rivals.tolist()})
     pool = head_pictures.choose_pool(train.targets(), len(train), classes)
     features, labels = head_features(model, train, pool)
-    distances = HeadDistances(heads[name])
     typical = head_pictures.typical_images(distances, features.get(name), pool, labels, classes)
     if head_pictures.draw_examples(
             page.folder / "prototypes.png", shown, evaluation, distances, typical, train, val, label_names):
