@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cases import SIGMAS
-from torch import nn
+from children import in_group
+from torch import distributed, nn
 
 from timm_faim import FAIMHead, fit_, fit_heads
 
@@ -83,3 +84,90 @@ def test_bad_input():
         fit_heads(nn.Sequential(head), [])
     with pytest.raises(ValueError, match="class indices"):
         fit_heads(nn.Sequential(head), [(x, torch.rand(N, C))])
+
+
+def options_of(space, full):
+    on_indicatrix = dict(normalize=True, indicatrix=True, lambda_init=0.0)
+    return dict(full_sigma=full, **(on_indicatrix if space == "indicatrix" else {}))
+
+
+SPACES = pytest.mark.parametrize("space", ["flat", "indicatrix"])
+
+
+@SPACES
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0])
+def test_a_fit_does_not_depend_on_the_scale_of_the_features(space, full, scale):
+    x, targets = clusters(torch.linspace(0.5, 2.0, D))
+    logits = fit_(FAIMHead(D, C, **options_of(space, full)), x, targets)(x)
+    scaled = fit_(FAIMHead(D, C, **options_of(space, full)), scale * x, targets)(scale * x)
+    # the smoothing of both roots, ε beside squared distances near 1, at γ = 10
+    assert torch.allclose(scaled, logits, atol=0.05)
+    assert torch.equal(scaled.argmax(1), logits.argmax(1))
+
+
+@SPACES
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_a_fit_at_an_extreme_scale_is_right_or_an_error_that_leaves_the_head(space, full, scale):
+    x, targets = clusters(torch.linspace(0.5, 2.0, D))
+    wanted = fit_(FAIMHead(D, C, **options_of(space, full)), x, targets)(x)
+    head = FAIMHead(D, C, **options_of(space, full))
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    try:
+        fit_(head, x.double() * scale, targets)
+    except ValueError as e:
+        assert "standard deviation" in str(e) and "scale them towards 1" in str(e)
+        assert all(torch.equal(before[name], tensor) for name, tensor in head.state_dict().items())
+    else:
+        assert (head(scale * x).argmax(1) == wanted.argmax(1)).all()
+
+
+def test_a_precision_that_drowns_in_eps_is_an_error_with_a_mend_that_works():
+    x, targets = clusters(torch.linspace(0.5, 2.0, D))
+    with pytest.raises(ValueError, match="smaller eps"):
+        fit_(FAIMHead(D, C, full_sigma=True), 3000 * x, targets)
+    wanted = fit_(FAIMHead(D, C, full_sigma=True), x, targets)(x)
+    got = fit_(FAIMHead(D, C, full_sigma=True, eps=1e-12), 3000 * x, targets)(3000 * x)
+    assert torch.allclose(got, wanted, atol=0.05)
+
+
+class TwoHeads(nn.Module):
+    """The second head sees the images of some batches only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = FAIMHead(D, C), FAIMHead(D, C)
+
+    def forward(self, x):
+        return self.first(x) + (self.second(x) if x.shape[0] > 100 else 0)
+
+
+def test_a_head_counts_the_batches_that_reach_it():
+    x, targets = clusters(torch.ones(D))
+    model = fit_heads(TwoHeads(), [(x[:200], targets[:200]), (x[200:300], targets[200:300])])
+    alone = fit_(FAIMHead(D, C), x[:200], targets[:200])
+    assert torch.allclose(model.second.mu, alone.mu)
+    assert torch.allclose(model.first.mu, fit_(FAIMHead(D, C), x[:300], targets[:300]).mu)
+
+
+def _fit_with_a_bad_rank(folder):
+    assert distributed.get_world_size() == 2
+    rank = distributed.get_rank()
+    x, targets = clusters(torch.ones(D))
+    if rank == 1:
+        x[7, 2] = float("nan")
+    model = nn.Sequential(FAIMHead(D, C))
+    try:
+        fit_heads(model, [(x[:200], targets[:200]), (x[200:], targets[200:])])
+        message = "no error"
+    except ValueError as e:
+        message = str(e)
+    torch.save((message, torch.isfinite(model[0].mu).all()), folder / f"{rank}.pt")
+
+
+def test_what_is_wrong_on_one_process_raises_on_all(tmp_path):
+    in_group(_fit_with_a_bad_rank, tmp_path)
+    for rank in range(2):
+        message, is_finite = torch.load(tmp_path / f"{rank}.pt")
+        assert "NaN" in message and message.endswith("(process 1)") and is_finite

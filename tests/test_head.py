@@ -3,12 +3,15 @@
 import copy
 import io
 import math
+import re
 
 import pytest
+import timm
 import torch
 from cases import FORMS, SIGMAS
 from children import in_group
 from seeds import FoundingHead
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -196,6 +199,15 @@ def test_fixed_scale_and_zero_lambda():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         FAIMHead(**{"in_features": D, "num_classes": C, **arguments})
+
+
+@pytest.mark.parametrize(
+    "name", ["in_features", "num_classes", "lambda_init", "scale_init", "margin", "damping", "eps"]
+)
+@pytest.mark.parametrize("value", ["3", None, True, [4]])
+def test_what_is_no_number_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"{name}.*got {re.escape(repr(value))}"):
+        FAIMHead(**{"in_features": D, "num_classes": C, name: value})
 
 
 class TwoHeads(nn.Module):
@@ -399,3 +411,51 @@ def test_linear_layer_of_an_indicatrix_head_is_refused():
     fit_(head, x, torch.arange(40) % 4, shrinkage=1.0)
     with pytest.raises(ValueError, match="indicatrix=True with a centre other than 0"):
         to_linear(head, x)
+
+
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("length", [0.0, 1e-6, 5e-5, 1e-3])
+def test_short_prototypes_have_the_same_gradients_eager_and_as_written(full, length):
+    torch.manual_seed(3)
+    head = FAIMHead(D, C, full_sigma=full, normalize=True, dtype=torch.float64)
+    with torch.no_grad():
+        head.mu.copy_(length * F.normalize(torch.randn(C, D, dtype=torch.float64), dim=1))
+    x, target = torch.randn(B, D, dtype=torch.float64), torch.arange(B) % C
+    plain = torch.compile(copy.deepcopy(head), fullgraph=True, backend="eager")
+    for h in (head, plain):
+        F.cross_entropy(h(x), target).backward()
+    for (name, want), got in zip(head.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_a_copied_criterion_keeps_to_the_heads_in_training():
+    model = nn.Sequential(FAIMHead(D, C, margin=0.5))
+    criterion = TargetMargin(nn.CrossEntropyLoss(), model)
+    logits, target = torch.zeros(4, C), torch.arange(4) % C
+    alone = copy.deepcopy(criterion)
+    copied_model, together = copy.deepcopy((model, criterion))
+    with torch.no_grad():
+        model[0].scale.mul_(3.0)
+    assert alone(logits, target) == criterion(logits, target) != together(logits, target)
+    model.eval()
+    assert alone(logits, target) == nn.functional.cross_entropy(logits, target) != together(logits, target)
+    copied_model.eval()
+    assert together(logits, target) == nn.functional.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(normalize=True), dict(normalize=True, indicatrix=True)])
+def test_another_width_is_named(options):
+    head = FAIMHead(D, C, **options)
+    for shape in ((B, D + 1), (B, 1), (B, D + 1, 3, 3), (2, 3, D + 1)):
+        with pytest.raises(ValueError, match=rf"\[\.\.\., {D}\].*{D + 1 if D + 1 in shape else 1}"):
+            head(torch.randn(shape))
+
+
+@pytest.mark.parametrize("in_model", [True, False])
+def test_an_optimiser_decays_no_part_of_a_head_in_a_model_or_alone(in_model):
+    model = timm.create_model("faim_test_resnet", num_classes=C)
+    head = model.get_classifier()
+    optimizer = create_optimizer_v2(model if in_model else head, "sgd", lr=0.1, weight_decay=0.1)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    assert not decayed & {id(p) for p in head.parameters()}
+    assert decayed or not in_model

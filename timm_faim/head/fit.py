@@ -16,6 +16,7 @@ Shapes: N samples, C classes, D features.
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Optional
@@ -23,8 +24,12 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from timm_faim.metric import FAIMMetric
+
 from .head import FAIMHead
 from .margin import faim_heads
+
+_DROWNED = 1.05  # squared distances at most 5 % longer than Σ makes them: 2.5 % of the distance
 
 _logger = logging.getLogger(__name__)
 
@@ -42,15 +47,17 @@ class HeadStatistics:
     def update(self, features: Tensor, targets: Tensor) -> None:
         """Add features [N, D] of classes ``targets`` [N] (integers in [0, C))."""
         C, D = self.sums_CD.shape
+        if targets.dim() != 1:
+            raise ValueError(f"expected class indices [B], got targets of shape {list(targets.shape)} (Mixup off?)")
         if features.dim() != 2 or features.shape[1] != D or targets.shape != features.shape[:1]:
             raise ValueError(
                 f"expected features [N, {D}] and targets [N], got {list(features.shape)} and {list(targets.shape)}"
             )
         if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < C):
             raise ValueError(f"targets must lie in [0, {C}), got {int(targets.min())} to {int(targets.max())}")
-        if not torch.isfinite(features).all():
-            raise ValueError("features contain NaN or inf; check the backbone's weights and the input normalisation")
         x = features.to(self.sums_CD)
+        if not torch.isfinite(x).all():
+            raise ValueError("features contain NaN or inf; check the backbone's weights and the input normalisation")
         self.counts_C += torch.bincount(targets, minlength=C)
         self.sums_CD.index_add_(0, targets, x)
         self.second += x.t() @ x if self.second.dim() == 2 else x.square().sum(0)
@@ -66,8 +73,9 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     """Set μ, Σ and β of ``head`` from moments; γ, λ and the prior stay.
 
     Raises:
-        ValueError: shrinkage outside (0, 1], no samples, or features all equal. Classes without a sample keep their
-            prototype, with a warning.
+        ValueError: shrinkage outside (0, 1], no samples, features all equal, or of a scale at which the head's ``eps``
+            or dtype drowns the distances; the head is then as it was. Classes without a sample keep their prototype,
+            with a warning.
     """
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must lie in (0, 1], got {shrinkage}; few samples a class need more")
@@ -86,35 +94,73 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     if not (total_D / n - mean_D.square()).sum() > 1e-12 * (total_D / n).sum():
         raise ValueError("all features are equal; there is nothing to fit (is the backbone collapsed?)")
 
+    variance = (total_D / n - mean_D.square()).clamp_min(0.0).mean()
     if stats.second.dim() == 2:
-        within_DD = (stats.second - (stats.sums_CD.t() @ means_CD)) / degrees
-        eye_DD = torch.eye(head.in_features, dtype=torch.float64, device=mean_D.device)
-        average = within_DD.diagonal().mean().clamp_min(1e-12)
-        within_DD = (1 - shrinkage) * within_DD + shrinkage * average * eye_DD
-        sigma_DD = torch.cholesky_inverse(torch.linalg.cholesky(within_DD))
-        pairs_DD = (stats.second / n - torch.outer(mean_D, mean_D)) + spread_CD.t() @ spread_CD
-        sigma_DD *= average if head.center is not None else 1.0 / (sigma_DD * pairs_DD).sum()
-        root_DD = torch.linalg.cholesky(sigma_DD)
-        head.metric.L.copy_(root_DD)
-        frame_CD = spread_CD @ root_DD
-        beta_D = root_DD @ _leading_direction(frame_CD)
+        within = (stats.second - (stats.sums_CD.t() @ means_CD)) / degrees
+        pairs = (stats.second / n - torch.outer(mean_D, mean_D)) + spread_CD.t() @ spread_CD
     else:
-        within_D = (stats.second - (stats.sums_CD * means_CD).sum(0)) / degrees
-        within_D = within_D.clamp_min(0.0)
-        average = within_D.mean().clamp_min(1e-12)
-        sigma_D = 1.0 / ((1 - shrinkage) * within_D + shrinkage * average)
-        pairs_D = (stats.second / n - mean_D.square()) + spread_CD.square().sum(0)
-        sigma_D *= average if head.center is not None else 1.0 / (sigma_D * pairs_D).sum()
-        head.metric.log_sigma_diag.copy_(sigma_D.log())
-        root_D = sigma_D.sqrt()
-        beta_D = root_D * _leading_direction(spread_CD * root_D)
-    head.metric.beta.copy_(beta_D)
+        within = ((stats.second - (stats.sums_CD * means_CD).sum(0)) / degrees).clamp_min(0.0)
+        pairs = (stats.second / n - mean_D.square()) + spread_CD.square().sum(0)
+    sigma = _precision(within, shrinkage, 1e-12 * variance)
+    if head.center is None:
+        sigma /= (sigma * pairs).sum()
+    else:  # no matter on the indicatrix, as long as neither root drowns in ε
+        sigma /= variance.clamp_max(1.0)
+    _set_metric(head.metric, sigma, spread_CD, pairs)
     means_CD = means_CD[seen_C]
     if head.center is not None:
         head.center.copy_(mean_D)
         means_CD = head.embed(means_CD)
     head.mu[seen_C] = means_CD.to(head.mu.dtype)
     return head
+
+
+def _precision(within: Tensor, shrinkage: float, least: Tensor) -> Tensor:
+    """W⁻¹ of the shrunk within-class covariance [D, D], or variances [D], in units in which tr(W)/D = 1."""
+    average = (within.diagonal() if within.dim() == 2 else within).mean().clamp_min(least)
+    if within.dim() == 1:
+        return 1.0 / ((1 - shrinkage) * within / average + shrinkage)
+    eye_DD = torch.eye(len(within), dtype=within.dtype, device=within.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky((1 - shrinkage) * within / average + shrinkage * eye_DD))
+
+
+def _set_metric(metric: FAIMMetric, sigma: Tensor, spread_CD: Tensor, pairs: Tensor) -> None:
+    """Σ [D, D] or its diagonal [D], and β along the leading direction of spread'spread in Σ's frame, β'Σ⁻¹β = 1.
+
+    Raises:
+        ValueError: distances between points with the covariance ``pairs`` are not what Σ says: drowned in the metric's
+            ε, or beyond the range of its dtype. The metric is as it was.
+    """
+    before = [parameter.clone() for parameter in metric.parameters()]
+    variances_D = pairs.diagonal() if pairs.dim() == 2 else pairs
+    if sigma.dim() == 2:
+        root_DD = torch.linalg.cholesky(sigma)
+        eye_DD = torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
+        factor_DD, failed = torch.linalg.cholesky_ex(sigma - metric.eps * eye_DD)  # the metric adds the ridge ε again
+        ridge = metric.eps if failed else 0.0
+        metric.L.copy_(root_DD if failed else factor_DD)
+        metric.beta.copy_(root_DD @ _leading_direction(spread_CD @ root_DD))
+    else:
+        failed = sigma.min() <= metric.eps
+        ridge = metric.eps if failed else 0.0
+        metric.log_sigma_diag.copy_((sigma - metric.eps + ridge).log())
+        root_D = sigma.sqrt()
+        metric.beta.copy_(root_D * _leading_direction(spread_CD * root_D))
+
+    squared = (sigma * pairs).sum()  # the mean of v'Σv
+    smoothed = squared + ridge * variances_D.sum() + metric.eps
+    probe_D = variances_D.clamp_min(0.0).sqrt()
+    wanted = (probe_D @ sigma @ probe_D if sigma.dim() == 2 else (probe_D.square() * sigma).sum()).sqrt()
+    measured = metric.norm(probe_D.to(metric.beta.dtype)).double() / wanted
+    one_form = metric.lmbda.abs().double() * (1.0 + 1.0 / squared.sqrt())
+    if not (smoothed < _DROWNED * squared and 0.5 < measured < 2.0 + 2.0 * one_form):
+        for parameter, value in zip(metric.parameters(), before, strict=True):
+            parameter.copy_(value)
+        raise ValueError(
+            f"features of standard deviation {variances_D.mean().sqrt().item() / math.sqrt(2.0):.1e} are beyond what a "
+            f"{metric.beta.dtype} head with eps={metric.eps:g} can tell apart; scale them towards 1 (a norm layer "
+            "before the head), use a head on the indicatrix, or pass a smaller eps"
+        )
 
 
 def _leading_direction(rows_CD: Tensor) -> Tensor:
@@ -150,18 +196,21 @@ def fit_heads(
     """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]).
 
     The model runs in eval mode and is left in its mode. In an initialised process group the moments are summed over
-    the ranks, whether each reads its own shard or all read everything (the result is a ratio of sums). Inputs
-    [B, N, D] of a head (token heads) are averaged over the tokens; a head that eval mode does not reach keeps its
-    start, with a warning.
+    the ranks, whether each reads its own shard or all read everything (the result is a ratio of sums); what is wrong
+    with the data of one rank raises on all of them. Inputs [B, N, D] of a head (token heads) are averaged over the
+    tokens; a head that eval mode does not reach keeps its start, with a warning.
 
     Raises:
-        ValueError: a model without FAIM heads, soft targets, no batches, targets outside the classes.
+        ValueError: a model without FAIM heads, soft targets, no batches, targets outside the classes, features that
+            are not finite, and as :func:`fit_from_statistics_`.
     """
     heads = faim_heads(model)
     if not heads:
         raise ValueError("the model has no FAIM head to fit; create it under its faim_ name")
     stats = {name: HeadStatistics(head) for name, head in heads.items()}
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     inputs: dict[str, Tensor] = {}
+    problem: Optional[str] = None
 
     def keep(name: str, head: FAIMHead, args: tuple) -> None:
         inputs[name] = args[0].detach()
@@ -171,23 +220,37 @@ def fit_heads(
     model.eval()
     try:
         for images, targets in batches:
-            if targets.dim() != 1:
-                raise ValueError(f"expected class indices [B], got targets of shape {list(targets.shape)} (Mixup off?)")
+            inputs.clear()
             device = device or next(model.parameters()).device
             model(images.to(device))
-            for name, x in inputs.items():
-                head = heads[name]
-                stats[name].update(_fitted_features(head, mean_input(head, x)), targets.to(x.device))
+            try:
+                for name, x in inputs.items():
+                    stats[name].update(_fitted_features(heads[name], mean_input(heads[name], x)), targets.to(x.device))
+            except ValueError as e:
+                if not distributed:
+                    raise
+                problem = problem or str(e)  # the other ranks may wait in this one's forward passes: go on with them
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed:
+        _raise_together(problem)
+        for moments in stats.values():
+            moments.all_reduce()
+    reached = [name for name in heads if stats[name].counts_C.any()]
     for name, head in heads.items():
-        if distributed:
-            stats[name].all_reduce()
-        if name not in inputs and inputs:
+        if reached and name not in reached:
             _logger.warning(f"head {name!r} is not reached in eval mode and keeps its start")
             continue
         fit_from_statistics_(head, stats[name], shrinkage)
     return model
+
+
+def _raise_together(problem: Optional[str]) -> None:
+    """Raise the first rank's problem on every rank; a collective call."""
+    problems: list[Optional[str]] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise ValueError(f"{found} (process {rank})")

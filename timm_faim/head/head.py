@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric, absolute, unit_vectors
+from timm_faim.metric import FAIMMetric, absolute, checked_count, checked_number, unit_vectors
 
 _INITS = ("scaled", "seed")
 _SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
@@ -61,7 +61,8 @@ class FAIMHead(nn.Module):
     (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly.
 
     Raises:
-        ValueError: an argument out of its range, named with the value; on call, features of another width.
+        TypeError, ValueError: an argument that is no number or out of its range, named with the value; on call,
+            features of another width.
     """
 
     def __init__(
@@ -86,24 +87,20 @@ class FAIMHead(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {num_classes}; a model without head has num_classes=0")
-        if not (scale_init > 0 and math.isfinite(scale_init)):
-            raise ValueError(f"scale_init (γ) must be a finite number > 0, got {scale_init}")
         if init not in _INITS:
             raise ValueError(f"init must be one of {_INITS}, got {init!r}; to start from data call fit_heads()")
-        if not (margin >= 0 and math.isfinite(margin)):
-            raise ValueError(f"margin must be a finite number >= 0, got {margin}")
         if indicatrix and not normalize:
             raise ValueError("indicatrix=True says where features are normalised to; it needs normalize=True")
         factory = {"device": device, "dtype": dtype}
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.scale_init = float(scale_init)
+        self.num_classes = num_classes = checked_count(
+            "num_classes", num_classes, "; a model without head has num_classes=0"
+        )
+        self.scale_init = checked_number("scale_init (γ)", scale_init, above=True)
         self.init = init
         self.normalize = normalize
-        self.margin = float(margin)
+        self.margin = checked_number("margin", margin)
         self.metric = FAIMMetric(in_features, full_sigma, symmetric, lambda_init, eps=eps, **factory)
+        self.in_features = in_features = self.metric.in_features
         self.metric.requires_grad_(learn_metric)
         self.mu = nn.Parameter(torch.empty(num_classes, in_features, **factory))
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
@@ -152,6 +149,9 @@ class FAIMHead(nn.Module):
             x: features.
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
         """
+        if x.shape[-1] != self.in_features and (x.dim() != 4 or x.shape[1] != self.in_features):
+            raise ValueError(f"expected features [..., {self.in_features}] or [B, {self.in_features}, H, W], got shape "
+                             f"{list(x.shape)}")  # fmt: skip
         convolutional = x.dim() == 4 and x.shape[-1] != self.in_features and x.shape[1] == self.in_features
         if convolutional:
             x = x.permute(0, 2, 3, 1)
@@ -181,6 +181,11 @@ class FAIMHead(nn.Module):
             v = v.to(torch.promote_types(v.dtype, torch.float32))
             return v / self.metric.norm(v).unsqueeze(-1)
         return unit_vectors(v) if self.normalize else v
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of all parameters: prototypes, Σ, β and scalars are not decayed (timm's optimisers ask for this)."""
+        return {name for name, _ in self.named_parameters()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in _SEED_KEYS:

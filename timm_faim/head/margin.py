@@ -6,6 +6,7 @@ unchanged under DistributedDataParallel, torch.compile and timm's training tasks
 (``ClassificationTask(model, criterion=TargetMargin(criterion, model))``), with hard targets and with Mixup's soft ones.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Union
 
@@ -52,6 +53,15 @@ class TargetMargin(nn.Module):
         super().__init__()
         self.criterion = criterion
         self._heads = [head for head in faim_heads(model).values() if head.margin > 0]  # a list: not submodules
+
+    def __deepcopy__(self, memo: dict) -> "TargetMargin":
+        """A copy for the same heads, or for their copies where the model is copied with it (and before it)."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        nn.Module.__init__(copied)
+        copied.criterion = copy.deepcopy(self.criterion, memo)
+        copied._heads = [memo.get(id(head), head) for head in self._heads]
+        return copied.train(self.training)
 
     def forward(self, output: Union[Tensor, Sequence[Tensor]], target: Tensor) -> Tensor:
         """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""

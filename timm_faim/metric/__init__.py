@@ -1,6 +1,7 @@
 """The FAIM metric: a Finsler (Minkowski) norm with parameters, and distances under it."""
 
+from .checks import checked_count, checked_number
 from .functional import unit_vectors
 from .module import FAIMMetric, absolute, faim_distance
 
-__all__ = ["FAIMMetric", "absolute", "faim_distance", "unit_vectors"]
+__all__ = ["FAIMMetric", "absolute", "checked_count", "checked_number", "faim_distance", "unit_vectors"]

@@ -117,6 +117,11 @@ def inverse_norms(y_CD: Tensor) -> Tensor:
     return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-8))
 
 
+def has_direction(y_CD: Tensor) -> Tensor:
+    """1 where :func:`inverse_norms` is 1 / |y|, 0 where its bound is in force and does not follow y [C]."""
+    return (y_CD.square().sum(-1) >= 1e-8).to(y_CD.dtype)
+
+
 def unit_vectors(x: Tensor) -> Tensor:
     """x / |x| of vectors x [..., D] (a zero vector stays 0), in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))

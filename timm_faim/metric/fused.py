@@ -21,7 +21,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .functional import gemm_distance, inverse_norms
+from .functional import gemm_distance, has_direction, inverse_norms
 from .triangular import tri_matmul, tri_matmul_t, tri_outer
 
 
@@ -92,7 +92,7 @@ class FusedDiagonal(torch.autograd.Function):
         dx_BD.mul_(2.0 * root_D).addr_(ex_B, beta_D)
         dy_CD.mul_(-2.0 * root_D).addr_(ey_C, beta_D, alpha=-1.0)
         if ctx.unit:  # y / |y| moves within the sphere only
-            radial_C = -2.0 * along_CD.sum(1) - ey_C * by_C
+            radial_C = (-2.0 * along_CD.sum(1) - ey_C * by_C) * has_direction(y_CD)
             dy_CD.addcmul_(y_CD, (place * radial_C).unsqueeze(1), value=-1.0).mul_(place.unsqueeze(1))
         return dx_BD, dy_CD, dsigma_D, dbeta_D, dlmbda, dscale, None, None, None, None
 
@@ -136,7 +136,7 @@ class FusedFull(torch.autograd.Function):
         dy_CD = tri_matmul_t(cy_CD, tril_DD).addcmul_(yc_CD, c_C1, value=ctx.eps)
         dy_CD.addmm_(g_BC.t(), sx_BD, alpha=-1.0).mul_(2.0).addr_(ey_C, beta_D, alpha=-1.0)
         if ctx.unit:
-            radial_C1 = (yc_CD * dy_CD).sum(1, keepdim=True)
+            radial_C1 = ((yc_CD * dy_CD).sum(1) * has_direction(y_CD)).unsqueeze(1)
             dy_CD.addcmul_(yc_CD, radial_C1, value=-1.0).mul_(place.unsqueeze(1))
         return dx_BD, dy_CD, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None, None
 

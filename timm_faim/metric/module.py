@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import Final
 
+from .checks import checked_count, checked_number
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
 
@@ -38,7 +39,7 @@ class FAIMMetric(nn.Module):
     at N(0, 1/D), so that |β'v| is about |v| / sqrt(D).
 
     Raises:
-        ValueError: in_features < 1, a negative or non-finite lambda_init, eps < 0.
+        TypeError, ValueError: in_features < 1, a negative or non-finite lambda_init or eps, or no numbers at all.
     """
 
     _randers_limit: Final[float] = 0.999  # of the Σ-norm of the effective 1-form; at 1 F would vanish somewhere
@@ -55,19 +56,13 @@ class FAIMMetric(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        if in_features < 1:
-            raise ValueError(f"in_features must be >= 1, got {in_features}")
-        if not (lambda_init >= 0 and math.isfinite(lambda_init)):
-            raise ValueError(f"lambda_init must be a finite number >= 0, got {lambda_init}; 0 switches the 1-form off")
-        if not (eps >= 0 and math.isfinite(eps)):
-            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
         factory = {"device": device, "dtype": dtype}
-        self.in_features = in_features
+        self.in_features = checked_count("in_features", in_features)
         self.full_sigma = full_sigma
         self.symmetric = symmetric
-        self.lambda_init = float(lambda_init)
-        self.eps = float(eps)
-        self.beta = nn.Parameter(torch.empty(in_features, **factory))
+        self.lambda_init = checked_number("lambda_init", lambda_init, hint="; 0 switches the 1-form off")
+        self.eps = checked_number("eps", eps)
+        self.beta = nn.Parameter(torch.empty(self.in_features, **factory))
         self.lmbda = nn.Parameter(torch.empty(1, **factory))
         self.register_parameter("log_sigma_diag", None)
         self.register_parameter("L", None)
@@ -101,10 +96,9 @@ class FAIMMetric(nn.Module):
     @torch.jit.ignore
     def set_damping(self, value: float) -> None:
         """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed |β'v| by 2."""
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"damping must lie in [0, 1], got {value}")
+        value = checked_number("damping", value, 0.0, 1.0)
         self.damped = value > 0
-        self.damping_value = float(value)
+        self.damping_value = value
         self.damping.fill_(value)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

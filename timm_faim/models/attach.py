@@ -64,7 +64,7 @@ class FAIMModelMixin:
         """timm's names and every parameter of heads and charts: prototypes, Σ, β, p and scalars are not decayed."""
         names = set(super().no_weight_decay()) if hasattr(super(), "no_weight_decay") else set()
         for head_name, head in faim_heads(self).items():
-            names.update(f"{head_name}.{name}" for name, _ in head.named_parameters())
+            names.update(f"{head_name}.{name}" for name in head.no_weight_decay())
         names.update(name for name, _ in self.named_parameters() if ".faim_chart." in name)
         return names
 
