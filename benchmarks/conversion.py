@@ -24,6 +24,7 @@ from torch import nn
 
 from timm_faim import agreement, convert, faim_heads, from_linear, to_linear
 from timm_faim.head.convert import probe_features
+from timm_faim.head.tap import layer_inputs
 from timm_faim.models.attach import classifier_layers
 
 # architecture, classes, whether its bias is taken away
@@ -113,22 +114,11 @@ def trained_scale(model: nn.Module, norms: dict[str, float], decay: float) -> No
             linear.bias.normal_(std=0.1)
 
 
-@torch.no_grad()
 def feature_norms(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    norms: dict[str, float] = {}
-
-    def keep(name: str):
-        def hook(layer, args):
-            dim = 1 if isinstance(layer, nn.Conv2d) else -1
-            norms[name] = args[0].norm(dim=dim).mean().item()
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in classifier_layers(model).items()]
-    model(images)
-    for handle in handles:
-        handle.remove()
-    return norms
+    layers = classifier_layers(model)
+    ((inputs, _),) = layer_inputs(model, layers, [(images, None)])
+    return {name: x.norm(dim=1 if isinstance(layers[name], nn.Conv2d) else -1).mean().item()
+            for name, x in inputs.items()}  # fmt: skip
 
 
 def _normalise_as_trained(model: nn.Module, images: torch.Tensor) -> None:

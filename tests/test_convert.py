@@ -175,8 +175,8 @@ def test_lambda_leaves_zero_in_training():
 def test_nearly_dependent_classes_get_a_prior():
     """Two classes of the same weights and different biases: no prototypes without a prior can tell them apart.
 
-    The prior takes e_k up at the mean radius; a feature's own radius differs by at most |x| / |t|, in whatever direction
-    the machine's LAPACK has chosen t among those that no class uses. So decisions by more than that are kept.
+    The prior takes e_k up at the mean radius; a feature's own radius differs by at most |x| / |t|, in whatever
+    direction the machine's LAPACK has chosen t among those that no class uses. Decisions by more than that are kept.
     """
     linear = layer(20, 64)
     with torch.no_grad():

@@ -366,13 +366,13 @@ def test_unreadable_images_are_named_or_left_out(retrieve, tmp_path, capsys):
 
 
 def test_features_that_are_not_finite_name_the_image(retrieve, images, monkeypatch):
-    whole_mean = retrieval_images.mean_input
+    whole_mean = retrieval_images.pooled
 
-    def poisoned(head, x):
-        x = whole_mean(head, x).clone()
+    def poisoned(x, width):
+        x = whole_mean(x, width).clone()
         x[-1] = math.nan
         return x
-    monkeypatch.setattr(retrieval_images, "mean_input", poisoned)
+    monkeypatch.setattr(retrieval_images, "pooled", poisoned)
     with pytest.raises(UserError, match=r"features of .*cat/1\.png are not finite"):
         retrieve(images / "train", "--batch-size", 6)
 

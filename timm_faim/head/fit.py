@@ -18,7 +18,6 @@ Shapes: N samples, C classes, D features.
 import logging
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Optional
 
 import torch
@@ -28,6 +27,7 @@ from timm_faim.metric import FAIMMetric
 
 from .head import FAIMHead
 from .margin import faim_heads
+from .tap import layer_inputs, pooled
 
 _DROWNED = 1.05  # squared distances at most 5 % longer than Σ makes them: 2.5 % of the distance
 
@@ -179,13 +179,6 @@ def _fitted_features(head: FAIMHead, x: Tensor) -> Tensor:
     return x if head.center is not None else head.embed(x)
 
 
-def mean_input(head: FAIMHead, x: Tensor) -> Tensor:
-    """What a head gets for each image as one vector [B, D]: inputs [B, D, H, W] and [B, ..., D] are averaged."""
-    if x.dim() == 4 and x.shape[1] == head.in_features:
-        return x.flatten(2).mean(-1)
-    return x.flatten(1, -2).mean(1) if x.dim() > 2 else x
-
-
 @torch.no_grad()
 def fit_heads(
     model: nn.Module,
@@ -195,7 +188,7 @@ def fit_heads(
 ) -> nn.Module:
     """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]).
 
-    The model runs in eval mode and is left in its mode. In an initialised process group the moments are summed over
+    The model runs in eval mode and is left in its modes. In an initialised process group the moments are summed over
     the ranks, whether each reads its own shard or all read everything (the result is a ratio of sums); what is wrong
     with the data of one rank raises on all of them. Inputs [B, N, D] of a head (token heads) are averaged over the
     tokens; a head that eval mode does not reach keeps its start, with a warning.
@@ -209,31 +202,17 @@ def fit_heads(
         raise ValueError("the model has no FAIM head to fit; create it under its faim_ name")
     stats = {name: HeadStatistics(head) for name, head in heads.items()}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    inputs: dict[str, Tensor] = {}
     problem: Optional[str] = None
-
-    def keep(name: str, head: FAIMHead, args: tuple) -> None:
-        inputs[name] = args[0].detach()
-
-    handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
-    training = model.training
-    model.eval()
-    try:
-        for images, targets in batches:
-            inputs.clear()
-            device = device or next(model.parameters()).device
-            model(images.to(device))
-            try:
-                for name, x in inputs.items():
-                    stats[name].update(_fitted_features(heads[name], mean_input(heads[name], x)), targets.to(x.device))
-            except ValueError as e:
-                if not distributed:
-                    raise
-                problem = problem or str(e)  # the other ranks may wait in this one's forward passes: go on with them
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
+    forward = None if device is None else lambda images: model(images.to(device))
+    for inputs, targets in layer_inputs(model, heads, batches, forward):
+        try:
+            for name, x in inputs.items():
+                x = pooled(x, heads[name].in_features)
+                stats[name].update(_fitted_features(heads[name], x), targets.to(x.device))
+        except ValueError as e:
+            if not distributed:
+                raise
+            problem = problem or str(e)  # the other ranks may wait in this one's forward passes: go on with them
     if distributed:
         _raise_together(problem)
         for moments in stats.values():

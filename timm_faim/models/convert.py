@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Optional, Union
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from timm_faim.head import FAIMHead, faim_heads
 from timm_faim.head.convert import agreement, contradiction, from_linear, probe_features
+from timm_faim.head.tap import layer_inputs
 
 from .attach import attach_heads, classifier_layers
 from .config import PREFIX, of_heads, resolve_faim_cfg
@@ -100,33 +100,20 @@ def _say_agreement(name: str, head: FAIMHead, layer: nn.Module, features: Option
     )
 
 
-@torch.no_grad()
 def _classifier_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Union[Tensor, Iterable[Batch]]
 ) -> dict[str, Tensor]:
     """Features [N, D] that reach each classifier; tokens and positions count as features of their own."""
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def keep(name: str, layer: nn.Module, args: tuple) -> None:
-        x = args[0].detach()
-        x = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
-        room = _MAX_FEATURES - sum(map(len, kept[name]))
-        if room > 0:
-            kept[name].append(x.reshape(-1, x.shape[-1])[:room].cpu())
-
     parameter = next(model.parameters())
-    handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images.to(parameter.device, parameter.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    every = ((batch[0] if isinstance(batch, (tuple, list)) else batch, None)
+             for batch in ([batches] if isinstance(batches, Tensor) else batches))  # fmt: skip
+    for inputs, _ in layer_inputs(model, layers, every, lambda images: model(images.to(parameter))):
+        for name, x in inputs.items():
+            x = x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x
+            room = _MAX_FEATURES - sum(map(len, kept[name]))
+            if room > 0:
+                kept[name].append(x.reshape(-1, x.shape[-1])[:room].cpu())
     if not any(kept.values()):
         raise ValueError("batches hold no images that reach a classifier; leave batches out to use the weights alone")
     for name in (name for name, parts in kept.items() if not parts):

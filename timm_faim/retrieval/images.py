@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_faim import FAIMHead, faim_heads
-from timm_faim.head.fit import mean_input
+from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.training.datasets import UNREADABLE, CheckedImages, reader_of
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.features import inputs_of
 from timm_faim.training.reporting.pictures import Pictures
 
 
@@ -143,21 +142,23 @@ def read_images(
     return Images(features_ND[readable], [folder.class_names[i] for i in readable], readable, Pictures(loader))
 
 
-@torch.inference_mode()
 def _features(
     model: nn.Module, head: FAIMHead, loader: Any, images: CheckedImages, amp: bool,
 ) -> tuple[Tensor, Tensor]:
-    features, targets, seen_images = [], [], 0
-    with inputs_of(head) as seen, torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
-        for batch, target in tqdm(loader, desc="features", unit="batch", leave=False, disable=None):
+    def forward(batch: Tensor) -> None:
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
             model(batch)
-            x_BD = mean_input(head, seen.pop()).float()
-            bad = ((~torch.isfinite(x_BD).all(1)).cpu() & (target.cpu() != UNREADABLE)).nonzero()
-            if len(bad):
-                name = images.images.filename(seen_images + int(bad[0]), absolute=True)
-                raise UserError(f"the features of {name} are not finite. Check the image; if all images are like that, "
-                                "the weights of the model")
-            features.append(x_BD)
-            targets.append(target.cpu())
-            seen_images += len(target)
+
+    features, targets, seen_images = [], [], 0
+    bar = tqdm(loader, desc="features", unit="batch", leave=False, disable=None)
+    for inputs, target in layer_inputs(model, {"head": head}, bar, forward):
+        x_BD = pooled(inputs["head"], head.in_features).float()
+        bad = ((~torch.isfinite(x_BD).all(1)).cpu() & (target.cpu() != UNREADABLE)).nonzero()
+        if len(bad):
+            name = images.images.filename(seen_images + int(bad[0]), absolute=True)
+            raise UserError(f"the features of {name} are not finite. Check the image; if all images are like that, "
+                            "the weights of the model")
+        features.append(x_BD)
+        targets.append(target.cpu())
+        seen_images += len(target)
     return torch.cat(features), torch.cat(targets)

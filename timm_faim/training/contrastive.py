@@ -11,7 +11,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss, faim_heads
-from timm_faim.head.fit import mean_input
+from timm_faim.head.tap import Tap, pooled
 from timm_faim.losses.base import FAIMLoss
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.stages import FINE_TUNE, TUNE_METRIC, WARM_UP
@@ -53,24 +53,6 @@ def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
     return FAIMInfoNCELoss(temperature=args.contrastive_temperature, form=form, **common)
 
 
-class _Tap:
-    """Keeps what goes into a head, while it is open: a forward pre-hook.
-
-    A copy of the model (the average of the weights) has the same tap, which is open within a training step only.
-    """
-
-    def __init__(self) -> None:
-        self.is_open = False
-        self.features: torch.Tensor | None = None
-
-    def __call__(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if self.is_open:
-            self.features = inputs[0]
-
-    def __deepcopy__(self, memo: dict) -> "_Tap":
-        return self
-
-
 class ContrastiveTask(ClassificationTask):
     """timm's classification task with contrastive losses on the inputs of the model's FAIM head.
 
@@ -95,8 +77,7 @@ class ContrastiveTask(ClassificationTask):
         self.factors = dict(zip((WARM_UP, TUNE_METRIC, FINE_TUNE), args.contrastive_stages or (1, 1, 1), strict=True))
         self.factor = 1.0
         self._head = (heads[0],)  # in a tuple: the model owns it
-        self._tap = _Tap()
-        heads[0].register_forward_pre_hook(self._tap)
+        self._tap = Tap({"head": heads[0]})
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -109,9 +90,8 @@ class ContrastiveTask(ClassificationTask):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Losses of images [B, channels, H, W] and classes [B]: timm's dictionary, with each loss in `parts`."""
-        self._tap.is_open = True
-        result = super().forward(input, target)
-        self._tap.is_open = False
+        with self._tap:
+            result = super().forward(input, target)
         features = self._take_features()
         parts = {"class_loss": result["loss"]}
         for name, loss in self.contrastive.items():
@@ -121,12 +101,12 @@ class ContrastiveTask(ClassificationTask):
 
     def _take_features(self) -> torch.Tensor:
         """The features [B, D] of the forward pass just made, averaged over places and tokens."""
-        features, self._tap.features = self._tap.features, None
+        features = self._tap.take().get("head")
         if features is None:
             raise UserError("--contrastive needs the input of the FAIM head, which this model does not call. Choose "
                             "another model")
         head = self._head[0]
-        features = mean_input(head, features)
+        features = pooled(features, head.in_features)
         return features if head.center is None else head.embed(features)
 
 

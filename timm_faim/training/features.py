@@ -5,7 +5,6 @@ classifier stay on the device and take the images' place in the ordinary trainin
 """
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from timm.task import evaluation_sample_limit
 from tqdm import tqdm
 
+from timm_faim.head.tap import layer_inputs
 from timm_faim.training.errors import UserError
 from timm_faim.training.gather import gather_rows
 from timm_faim.training.sampling import TrainingOrder
@@ -127,31 +127,20 @@ def cache_features(
     return order, FeatureLoader(features, target, batch_size, accelerator, False)
 
 
-@torch.inference_mode()
 def _embed(
         model: torch.nn.Module, classifier: torch.nn.Module, batches: Any, count: int, accelerator: Accelerator,
         args: argparse.Namespace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    model.eval()
+    def forward(images: torch.Tensor) -> None:
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            model(images)
+
     features, targets = [], []
     bar = tqdm(batches, desc="features", total=count, unit="batch", leave=False,
                disable=None if accelerator.is_main_process else True)
-    with inputs_of(classifier) as seen:
-        for images, target in bar:
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast():
-                model(images)
-            features.append(seen.pop().float())
-            targets.append(target)
+    for inputs, target in layer_inputs(model, {"classifier": classifier}, bar, forward):
+        features.append(inputs["classifier"].float())
+        targets.append(target)
     return torch.cat(features), torch.cat(targets)
-
-
-@contextmanager
-def inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -4,7 +4,6 @@ Shapes: N images, D features.
 """
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from timm.data.loader import fast_collate
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from timm_faim import FAIMHead, faim_heads
-from timm_faim.head.fit import mean_input
+from timm_faim import faim_heads
+from timm_faim.head.tap import layer_inputs, pooled
 
 BATCH = 64
 
@@ -68,7 +67,7 @@ class Pictures:
             yield images.sub_(self.loader.mean).div_(self.loader.std), target
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def head_features(
         model: nn.Module, pictures: Pictures, indices: Sequence[int],
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
@@ -81,28 +80,13 @@ def head_features(
         reach; and the classes [N] that came with the images.
     """
     heads = faim_heads(model)
-    inputs: dict[str, torch.Tensor] = {}
-    kept: dict[str, list[torch.Tensor]] = {}
-
-    def keep(name: str, _head: FAIMHead, args: tuple) -> None:
-        inputs[name] = args[0].detach()
-
     exact = {name: copy.deepcopy(head).cpu().double() for name, head in heads.items()}
-    handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
-    device = next(model.parameters()).device
-    training, classes = model.training, []
-    model.eval()
-    try:
-        for images, target in pictures.batches(indices):
-            inputs.clear()
-            model(images.to(device))
-            classes.append(target)
-            for name, x in inputs.items():
-                x = mean_input(heads[name], x)
-                kept.setdefault(name, []).append(exact[name].embed(x.cpu().double()))
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
+    kept: dict[str, list[torch.Tensor]] = {}
+    classes = []
+    for inputs, target in layer_inputs(model, heads, pictures.batches(indices)):
+        classes.append(target)
+        for name, x in inputs.items():
+            x = pooled(x, heads[name].in_features)
+            kept.setdefault(name, []).append(exact[name].embed(x.cpu().double()))
     features = {name: torch.cat(parts) for name, parts in kept.items()}
     return features, torch.cat(classes).numpy() if classes else np.empty(0, dtype=np.int64)
