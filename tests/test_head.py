@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, TargetMargin, faim_heads, fit_, set_damping, to_linear
+from timm_faim import FAIMHead, FAIMMetric, TargetMargin, faim_heads, fit_, set_damping, to_linear
 
 B, C, D = 6, 5, 16
 
@@ -386,11 +386,17 @@ def test_indicatrix_under_autocast_is_float32():
     torch.testing.assert_close(got, head(x), rtol=1e-5, atol=1e-4)
 
 
+def in_feature_space(head):
+    """Prototypes [C, D] as differences from the centre."""
+    return torch.linalg.solve(head.whiten, head.mu, left=False).detach()
+
+
 def test_indicatrix_keeps_prototypes_of_classes_without_samples_and_its_accuracy_in_half_precision():
     head, x = _indicatrix()
-    before = head.mu.clone()
+    before = in_feature_space(head)
     fit_(head, x[:30] + 3.0, torch.arange(30) % 3)
-    assert torch.equal(head.mu[3], before[3]) and not torch.equal(head.mu[0], before[0])
+    after = in_feature_space(head)
+    assert torch.allclose(after[3], before[3]) and not torch.allclose(after[0], before[0])
     far = fit_(head.float(), x.float() + 300.0, torch.arange(40) % 4)
     points = far.project(far.mu)
     rounded = far.bfloat16()
@@ -409,7 +415,7 @@ def test_linear_layer_of_an_indicatrix_head_is_refused():
     head = FAIMHead(6, 4, 0.0, full_sigma=True, normalize=True, indicatrix=True)
     x = torch.randn(40, 6) + 2.0
     fit_(head, x, torch.arange(40) % 4, shrinkage=1.0)
-    with pytest.raises(ValueError, match="indicatrix=True with a centre other than 0"):
+    with pytest.raises(ValueError, match="indicatrix=True: the length"):
         to_linear(head, x)
 
 
@@ -459,3 +465,86 @@ def test_an_optimiser_decays_no_part_of_a_head_in_a_model_or_alone(in_model):
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
     assert not decayed & {id(p) for p in head.parameters()}
     assert decayed or not in_model
+
+
+def _before_the_frame(state, x, D, C, full, eps=1e-6):
+    """Logits of a head on the indicatrix of which prototypes and Σ were in feature space, by its formula of then."""
+    metric = FAIMMetric(D, full, eps=eps, dtype=torch.float64)
+    metric.load_state_dict({name.removeprefix("metric."): t for name, t in state.items() if name.startswith("metric.")})
+    points, prototypes = (v / metric.norm(v).unsqueeze(-1) for v in (x - state["center"], state["mu"]))
+    return -state["scale"].abs() * metric.reference(points, prototypes)
+
+
+@pytest.mark.parametrize("full", SIGMAS)
+@pytest.mark.parametrize("lmbda", [0.0, 0.4])
+def test_a_checkpoint_from_before_the_frame_keeps_its_logits_and_gradients(full, lmbda):
+    torch.manual_seed(1)
+    D, C, kwargs = 6, 4, dict(dtype=torch.float64)
+    state = {"mu": torch.randn(C, D, **kwargs), "scale": torch.full((1,), 7.0, **kwargs),
+             "center": torch.randn(D, **kwargs), "metric.beta": torch.randn(D, **kwargs),
+             "metric.lmbda": torch.full((1,), lmbda, **kwargs)}  # fmt: skip
+    if full:
+        state["metric.L"] = torch.randn(D, D, **kwargs) + 2.0 * torch.eye(D, **kwargs)
+    else:
+        state["metric.log_sigma_diag"] = torch.randn(D, **kwargs)
+    x, target = torch.randn(8, D, requires_grad=True, **kwargs), torch.arange(8) % C
+    wanted = _before_the_frame(state, x, D, C, full)
+    (wanted_grad,) = torch.autograd.grad(F.cross_entropy(wanted, target), x)
+    for learn in (True, False):
+        head = FAIMHead(D, C, lmbda, full_sigma=full, normalize=True, indicatrix=True, learn_metric=learn, **kwargs)
+        head.load_state_dict(state)
+        assert head.cosine == (not learn and lmbda == 0)
+        # F(v) is smoothed, a length is not: ε / |v|² apart
+        bound = dict(rtol=1e-5, atol=1e-5) if head.cosine else dict(rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(head(x), wanted, **bound)
+        (grad,) = torch.autograd.grad(F.cross_entropy(head(x), target), x)
+        torch.testing.assert_close(grad, wanted_grad, **bound)
+
+
+def _default(**options):
+    return FAIMHead(D, C, 0.0, 16.0, full_sigma=True, normalize=True, indicatrix=True, learn_metric=False, **options)
+
+
+def test_the_default_head_is_plain_pytorch():
+    """Scripted, exported, compiled, traced under vmap, jvp and per-sample gradients: all the same numbers."""
+    head = fit_(_default(), torch.randn(60, D) @ torch.randn(D, D) + 3.0, torch.arange(60) % C)
+    x, target = 3.0 + torch.randn(B, D), torch.arange(B) % C
+    expected = head(x)
+    close = dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.jit.script(head)(x), expected, **close)
+    torch.testing.assert_close(torch.export.export(head, (x,)).module()(x), expected, **close)
+    torch.testing.assert_close(torch.compile(copy.deepcopy(head), fullgraph=True, backend="aot_eager")(x), expected,
+                               **close)  # fmt: skip
+    torch.testing.assert_close(torch.func.vmap(head)(x), expected, **close)
+    _, moved = torch.func.jvp(head, (x,), (torch.ones_like(x),))
+    step = (head.double()(x.double() + 1e-6) - head(x.double() - 1e-6)) / 2e-6
+    torch.testing.assert_close(moved.double(), step, rtol=1e-3, atol=1e-3)
+    head.float()
+    parameters = {"mu": head.mu.detach(), "scale": head.scale.detach()}
+
+    def loss(values, x_D, label):
+        return F.cross_entropy(torch.func.functional_call(head, values, (x_D[None],)), label[None])
+
+    single = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, target)
+    F.cross_entropy(head(x), target, reduction="sum").backward()
+    torch.testing.assert_close(single["mu"].sum(0), head.mu.grad, **close)
+
+
+def test_the_default_head_moves_no_frame_and_computes_no_gradient_for_it():
+    head = fit_(_default(), torch.randn(60, D) + 3.0, torch.arange(60) % C)
+    F.cross_entropy(head(torch.randn(B, D)), torch.arange(B) % C).backward()
+    assert {name for name, p in head.named_parameters() if p.grad is not None} == {"mu", "scale"}
+
+
+def test_a_head_without_a_one_form_refuses_the_state_of_one_that_has_it():
+    state = FAIMHead(D, C, 0.3, 16.0, full_sigma=True, normalize=True, indicatrix=True).state_dict()
+    with pytest.raises(RuntimeError, match=r"lmbda is 0\.3.*lambda_init"):
+        _default().load_state_dict(state)
+
+
+def test_sigma_is_that_of_the_features():
+    x, targets = torch.randn(200, D) @ torch.randn(D, D), torch.arange(200) % C
+    sigmas = [fit_(FAIMHead(D, C, full_sigma=True, **options), x, targets).sigma().detach()
+              for options in (dict(), dict(normalize=True, indicatrix=True))]  # fmt: skip
+    one, other = (sigma / sigma.diagonal().mean() for sigma in sigmas)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -178,10 +178,10 @@ def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
             f"a head with λ = {lmbda:g} has a 1-form, which no linear layer expresses; train with lambda_init=0 and "
             "lmbda frozen, or set head.metric.lmbda to 0 and measure what that costs"
         )
-    if head.center is not None and head.center.any():
+    if head.center is not None:
         raise ValueError(
-            "indicatrix=True with a centre other than 0: |x - c|_Σ depends on the feature, which no linear layer "
-            "expresses; keep the FAIM head"
+            "indicatrix=True: the length |x - c|_Σ depends on the feature, which no linear layer expresses; keep the "
+            "FAIM head"
         )
     D = head.in_features
     sigma_DD = metric.sigma().double().cpu()

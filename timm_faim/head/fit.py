@@ -8,9 +8,9 @@ within-class covariance, shrunk to (1 - a) W + a tr(W)/D I, and B the between-cl
 which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). s makes the mean squared distance from
 a feature to a prototype 1, the scale at which a head starts otherwise.
 
-A head with ``indicatrix`` gets the mean of all features as its centre c, and its prototypes are the class means
-projected onto the indicatrix, (m_k - c) / F(m_k - c), so that one learning rate suits every backbone. There s is
-the inverse of the mean variance: distances on the indicatrix do not depend on it.
+A head with ``indicatrix`` gets the mean of all features as its centre c, the frame A of Σ = A A', and as prototypes the
+class means in that frame, projected onto the indicatrix: z / F(z) with z = (m_k - c) A, so that one learning rate suits
+every backbone. There s is the mean variance: distances on the indicatrix do not depend on it.
 
 Shapes: N samples, C classes, D features.
 """
@@ -41,7 +41,7 @@ class HeadStatistics:
         C, D, device = head.num_classes, head.in_features, head.mu.device
         self.counts_C = torch.zeros(C, dtype=torch.float64, device=device)
         self.sums_CD = torch.zeros(C, D, dtype=torch.float64, device=device)
-        shape = (D, D) if head.metric.full_sigma else (D,)
+        shape = (D, D) if head.full_sigma else (D,)
         self.second = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor, targets: Tensor) -> None:
@@ -102,17 +102,35 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
         within = ((stats.second - (stats.sums_CD * means_CD).sum(0)) / degrees).clamp_min(0.0)
         pairs = (stats.second / n - mean_D.square()) + spread_CD.square().sum(0)
     sigma = _precision(within, shrinkage, 1e-12 * variance)
-    if head.center is None:
-        sigma /= (sigma * pairs).sum()
-    else:  # no matter on the indicatrix, as long as neither root drowns in ε
-        sigma /= variance.clamp_max(1.0)
-    _set_metric(head.metric, sigma, spread_CD, pairs)
-    means_CD = means_CD[seen_C]
-    if head.center is not None:
-        head.center.copy_(mean_D)
-        means_CD = head.embed(means_CD)
-    head.mu[seen_C] = means_CD.to(head.mu.dtype)
+    if head.whiten is None:
+        _set_metric(head.metric, sigma / (sigma * pairs).sum(), spread_CD, pairs)
+        points_CD = means_CD
+    else:
+        _set_frame(head, mean_D, sigma / variance, spread_CD)
+        points_CD = head.embed(means_CD)
+    head.mu[seen_C] = points_CD[seen_C].to(head.mu.dtype)
     return head
+
+
+def _set_frame(head: FAIMHead, mean_D: Tensor, sigma: Tensor, spread_CD: Tensor) -> None:
+    """Centre, frame and β of a head on the indicatrix; its prototypes keep their directions in feature space.
+
+    Raises:
+        ValueError: numbers beyond the range of the head's dtype; the head is as it was.
+    """
+    whiten = torch.linalg.cholesky(sigma) if sigma.dim() == 2 else sigma.sqrt()
+    if not all(t.to(head.mu.dtype).isfinite().all() for t in (mean_D, whiten)):
+        _refuse_scale(mean_D.abs().max().item(), head.metric)
+    before = head.whiten.double()
+    if whiten.dim() == 2:
+        mu_CD = torch.linalg.solve(before, head.mu.double(), left=False) @ whiten
+        framed_CD = spread_CD @ whiten
+    else:
+        mu_CD, framed_CD = head.mu.double() / before * whiten, spread_CD * whiten
+    head.mu.copy_(mu_CD)
+    head.center.copy_(mean_D)
+    head.whiten.copy_(whiten)
+    head.metric.beta.copy_(_leading_direction(framed_CD))
 
 
 def _precision(within: Tensor, shrinkage: float, least: Tensor) -> Tensor:
@@ -156,11 +174,14 @@ def _set_metric(metric: FAIMMetric, sigma: Tensor, spread_CD: Tensor, pairs: Ten
     if not (smoothed < _DROWNED * squared and 0.5 < measured < 2.0 + 2.0 * one_form):
         for parameter, value in zip(metric.parameters(), before, strict=True):
             parameter.copy_(value)
-        raise ValueError(
-            f"features of standard deviation {variances_D.mean().sqrt().item() / math.sqrt(2.0):.1e} are beyond what a "
-            f"{metric.beta.dtype} head with eps={metric.eps:g} can tell apart; scale them towards 1 (a norm layer "
-            "before the head), use a head on the indicatrix, or pass a smaller eps"
-        )
+        _refuse_scale(variances_D.mean().sqrt().item() / math.sqrt(2.0), metric)
+
+
+def _refuse_scale(scale: float, metric: FAIMMetric) -> None:
+    raise ValueError(
+        f"features of size {scale:.1e} are beyond what a {metric.beta.dtype} head with eps={metric.eps:g} can tell "
+        "apart; scale them towards 1 (a norm layer before the head) or, for small differences, pass a smaller eps"
+    )
 
 
 def _leading_direction(rows_CD: Tensor) -> Tensor:

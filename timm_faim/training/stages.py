@@ -33,6 +33,8 @@ def parts_of(model: torch.nn.Module) -> dict[int, str]:
             named = {"sigma": sigma, "beta": module.beta, "lambda": module.lmbda}
         elif isinstance(module, FAIMHead):
             named = {"mu": module.mu, "gamma": module.scale}
+            if module.whiten is not None:
+                named["sigma"] = module.whiten
             if module.prior is not None:
                 parts[id(module.prior)] = "gamma"
         else:

@@ -79,10 +79,10 @@ class HeadDistances:
         """λ, γ, the spectrum of Σ and the size of β."""
         sigma, _, beta, lmbda = self.metric.tensors(torch.float64)
         whitened = orthonormal_frame(self.metric, torch.float64).one_form_D
-        if sigma is not None:
-            spectrum = sigma
+        if not self.exact.full_sigma:
+            spectrum = sigma if self.exact.whiten is None else self.exact.whiten.square()
         else:
-            dense = self.metric.sigma().to(self.head.mu.device if self.head.mu.is_cuda else "cpu")
+            dense = self.exact.sigma().to(self.head.mu.device if self.head.mu.is_cuda else "cpu")
             spectrum = torch.linalg.eigvalsh(dense).cpu()
         return Geometry(
             lmbda=float(lmbda), gamma=float(self.head.gamma()), spectrum=spectrum.sort(descending=True).values,

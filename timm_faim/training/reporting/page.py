@@ -178,7 +178,7 @@ def _add_heads(
 
 
 def _head_row(name: str, head: FAIMHead, geometry: Geometry, shares: np.ndarray | None) -> list[str]:
-    form = "full Σ" if head.metric.full_sigma else "diagonal Σ"
+    form = "full Σ" if head.full_sigma else "diagonal Σ"
     place = ", on the sphere" if head.normalize else ""
     place = ", on the indicatrix" if head.center is not None else place
     kind = form + ("" if head.metric.symmetric else ", Randers") + place
