@@ -4,9 +4,12 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from timm_faim.hub import save_model
+from timm_faim.hub.package import Release, build_package
 from timm_faim.models.saved import check_config
+from timm_faim.training.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,29 @@ def test_channels_last_and_shared_weights_are_saved(tmp_path):
     with torch.inference_mode():
         assert torch.allclose(model(images), again(images), atol=1e-5)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "model_best.safetensors"}
+
+
+def copied(folder, config, to):
+    (to / "config.json").write_text(json.dumps(config))
+    (to / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return f"local-dir:{to}"
+
+
+def test_a_config_of_other_classes_than_its_weights_does_not_open_with_a_random_head(folder, config, tmp_path):
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 5
+    config.pop("label_names", None)
+    source = copied(folder, config, tmp_path)
+    with pytest.raises(RuntimeError, match=r"config says 5 classes .* shape \[3, .*\]: they do not belong together"):
+        timm.create_model(source, pretrained=True)
+    with pytest.raises(UserError, match="config says 5 classes"):
+        build_package(tmp_path, tmp_path / "package", Release("org/name"))
+    assert timm.create_model(source, pretrained=True, num_classes=7).num_classes == 7
+
+
+def test_prototypes_of_another_shape_are_named(folder, config, tmp_path):
+    source = copied(folder, config, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"fc.mu": torch.zeros(())}, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"3 classes and .* shape \[\]"):
+        timm.create_model(source, pretrained=True)
+    assert timm.create_model(source, pretrained=True, num_classes=7).num_classes == 7

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
 
 import timm_faim
-from timm_faim import FAIMHead, faim_heads
+from timm_faim import FAIMHead, faim_heads, fit_
 from timm_faim.models import attach_heads, has_classifier
 from timm_faim.models.config import resolve_faim_cfg
 
@@ -66,13 +66,23 @@ def test_create_reset_and_read_the_head():
     assert torch.equal(model.head(pre_logits), model(x))
     model.reset_classifier(3)
     assert model.num_classes == 3 and model(x).shape == (2, 3)
-    assert model.head.metric.full_sigma and model.head.normalize and model.head.margin == 0.2
+    assert model.head.full_sigma and model.head.normalize and model.head.margin == 0.2
     model.reset_classifier(0)
     assert isinstance(model.head, nn.Identity) and model(x).shape == pre_logits.shape
     model.reset_classifier(4)
     assert isinstance(model.head, FAIMHead) and model(x).shape == (2, 4)
     with pytest.raises(ValueError, match="-2"):
         model.reset_classifier(-2)
+
+
+def test_new_classes_keep_the_centre_and_the_metric_of_the_features():
+    model = timm.create_model("faim_test_vit", num_classes=7)
+    x = torch.randn(40, 64) @ torch.randn(64, 64) + 1.0
+    fit_(model.head, x, torch.arange(40) % 7)
+    wanted, points, prototypes = model.head.sigma(), model.head.embed(x), model.head.mu
+    model.reset_classifier(3)
+    assert torch.equal(model.head.sigma(), wanted) and torch.equal(model.head.embed(x), points)
+    assert model.head.mu.shape == (3, 64) and not torch.equal(model.head.mu, prototypes[:3])
 
 
 def test_creation_arguments_of_timm():
@@ -153,7 +163,7 @@ def test_reparameterize_keeps_the_heads(arch):
 def test_save_and_open_locally(arch, tmp_path, caplog):
     model = timm.create_model(f"faim_{arch}", num_classes=5, faim_cfg=CFG).eval()
     with torch.no_grad():
-        model.get_classifier().metric.lmbda.fill_(0.7)
+        model.get_classifier().scale.fill_(7.0)
     x = images(model)
     save_for_hf(model, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -174,7 +184,7 @@ def test_save_and_open_locally(arch, tmp_path, caplog):
     plain = timm.create_model(source, features_only=True).eval()
     assert not torch.equal(features(x)[-1], plain(x)[-1])
 
-    with pytest.raises(RuntimeError, match="(?s)faim_cfg.*log_sigma_diag"):
+    with pytest.raises(RuntimeError, match="(?s)faim_cfg.*whiten"):
         timm.create_model(source, pretrained=True, faim_cfg=dict(full_sigma=False))
     path = tmp_path / "model.safetensors"
     reloaded = timm.create_model(f"faim_{arch}", num_classes=5, faim_cfg=CFG, checkpoint_path=path).eval()

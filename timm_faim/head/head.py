@@ -235,6 +235,23 @@ class FAIMHead(nn.Module):
         return unit_vectors(v) if self.normalize else v
 
     @torch.jit.ignore
+    @torch.no_grad()
+    def take_frame(self, state: dict[str, Tensor]) -> bool:
+        """Centre, Σ, β and λ from the state dict of another head, as they belong to the features whatever the classes.
+
+        Returns:
+            False, and the head is as it was, where either head is not on an indicatrix or the widths differ.
+        """
+        center = state.get("center")
+        if self.center is None or center is None or center.shape != self.center.shape:
+            return False
+        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        taken = {name: tensor for name, tensor in state.items() if name not in ("mu", "scale", "prior")}
+        self.load_state_dict(own | taken)  # a state from before the frame would move μ
+        self.mu.copy_(own["mu"])
+        return True
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of all parameters: prototypes, Σ, β and scalars are not decayed (timm's optimisers ask for this)."""
         return {name for name, _ in self.named_parameters()}
@@ -249,7 +266,7 @@ class FAIMHead(nn.Module):
         if self.whiten is not None and prefix + "whiten" not in state_dict:
             _enter_frame(state_dict, prefix, self.metric.eps)
         lmbda = state_dict.get(f"{prefix}metric.lmbda")
-        if self.cosine and lmbda is not None and not lmbda.is_meta and lmbda.any():
+        if self.cosine and lmbda is not None and not lmbda.is_meta and (lmbda.abs() > 0).any():
             args[-1].append(f"{prefix}metric.lmbda is {lmbda.item():g}, and this head has no 1-form; create it with "
                             "lambda_init or learn_metric as the saved one was")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

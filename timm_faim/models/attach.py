@@ -52,12 +52,18 @@ class FAIMModelMixin:
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
-        """timm's ``reset_classifier`` with FAIM heads in place of the linear classifiers; 0 removes the head."""
+        """timm's ``reset_classifier`` with FAIM heads in place of the linear classifiers; 0 removes the head.
+
+        Heads on the indicatrix keep centre and Σ, which belong to the features; prototypes and γ start fresh.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+        before = {name: head.state_dict() for name, head in faim_heads(self).items()}
         super().reset_classifier(num_classes, *args, **kwargs)
         self.num_classes = num_classes  # some models forget it
         _replace_classifiers(self, {})
+        for name, head in faim_heads(self).items():
+            head.take_frame(before.get(name, {}))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:

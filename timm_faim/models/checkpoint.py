@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -145,6 +146,21 @@ def check_backbone(model: nn.Module, backbone: StateDict, strict: bool) -> None:
     _logger.warning(f"{message}; they keep their initialisation")
 
 
+def check_classes(heads: Mapping[str, StateDict], num_classes: int) -> None:
+    """Refuse weights of another number of classes than their own config says; the head would start at random.
+
+    Raises:
+        RuntimeError: names both numbers.
+    """
+    for name, saved in heads.items():
+        if saved["mu"].dim() != 2 or len(saved["mu"]) != num_classes:
+            raise RuntimeError(
+                f"the config says {num_classes} classes and the weights of the FAIM head {name!r} have prototypes of "
+                f"shape {list(saved['mu'].shape)}: they do not belong together. Restore the config.json of these "
+                "weights, or ask for another num_classes to start with a fresh head"
+            )
+
+
 def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
     """Load head weights where the number of classes agrees; otherwise the head stays fresh, with one log line.
 
@@ -157,9 +173,13 @@ def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
         _logger.warning(f"FAIM heads of the checkpoint that the model does not have: {sorted(unused)}")
     for name, head in faim_heads(model).items():
         saved = heads.get(name)
-        if saved is None or saved["mu"].shape[0] != head.num_classes:
-            found = "no such head" if saved is None else f"{saved['mu'].shape[0]} classes"
-            _logger.info(f"FAIM head {name!r}: checkpoint has {found}, model {head.num_classes}; the head starts fresh")
+        classes = len(saved["mu"]) if saved is not None and saved["mu"].dim() == 2 else 0
+        if classes != head.num_classes:
+            found = f"{classes} classes" if classes else "no such head"
+            kept = "; centre and metric are the checkpoint's" if head.take_frame(saved or {}) else ""
+            _logger.info(
+                f"FAIM head {name!r}: checkpoint has {found}, model {head.num_classes}; the head starts fresh{kept}"
+            )
             continue
         try:
             head.load_state_dict(saved)

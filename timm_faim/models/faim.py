@@ -28,6 +28,7 @@ from .attach import attach_heads
 from .blocks import insert_charts
 from .checkpoint import (
     check_backbone,
+    check_classes,
     load_charts,
     load_heads,
     read_faim_state_dict,
@@ -157,6 +158,8 @@ def _create_from_checkpoint(
     backbone, charts = split_charts(state_dict)
     backbone, heads = split_heads(backbone)
     kwargs.setdefault("num_classes", source.num_classes)
+    if kwargs["num_classes"] == source.num_classes:
+        check_classes(heads, source.num_classes)
     # num_classes=-1 differs from every model's: timm then loads without a classifier, through its own filters
     weights_only = replace(
         source, state_dict=backbone, source=None, file=None, url=None, hf_hub_id=None, num_classes=-1, custom_load=False
