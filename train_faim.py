@@ -21,13 +21,14 @@ from timm.utils import random_seed
 from timm_faim import faim_heads, hub
 from timm_faim.training import factories, reports, tasks
 from timm_faim.training.args import as_recipe, parse_args
-from timm_faim.training.checkpoint import BEST, restore_best, save_config
+from timm_faim.training.checkpoint import BEST, restore_best, save_config, saved_label_names
 from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
 from timm_faim.training.epochs import train_epochs
 from timm_faim.training.errors import RankError, UserError, is_lost_process, report, resource_advice
 from timm_faim.training.features import cache_features, only_classifier
 from timm_faim.training.flags import ONE_LAUNCH
+from timm_faim.training.folders import check_same_classes
 from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
@@ -114,6 +115,7 @@ def train_with(args: argparse.Namespace) -> None:
     run.checkpointer = Checkpointer(accelerator, run.run_folder, trainable, optimizer, layout, scheduler,
                                     task.get_trainable_module(ema=True))
     if checkpoint is not None:
+        check_same_classes(data.label_names, saved_label_names(run.run_folder), f"the run in {run.run_folder}")
         run.progress = run.checkpointer.load(checkpoint, len(order), with_optimizer=not args.no_resume_opt)
         log(f"  at epoch {run.progress.epoch + 1}, batch {run.progress.step + 1} of {len(order)}")
     if args.start_epoch is not None:

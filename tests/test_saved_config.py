@@ -85,8 +85,10 @@ def test_another_number_of_classes_loads_the_backbone(folder, caplog):
     with caplog.at_level("INFO", logger="timm_faim"):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
     assert [r.message for r in caplog.records] == [
-        "FAIM head 'fc': checkpoint has 3 classes, model 5; the head starts fresh"]
-    assert model.get_classifier().mu.shape[0] == 5 and model.get_classifier().normalize
+        "FAIM head 'fc': checkpoint has 3 classes, model 5; the head starts fresh; centre and metric are the "
+        "checkpoint's"]
+    head = model.get_classifier()
+    assert head.mu.shape[0] == 5 and head.normalize and torch.equal(head.whiten, saved.get_classifier().whiten)
     assert torch.equal(model.conv1[0].weight, saved.conv1[0].weight)
 
 

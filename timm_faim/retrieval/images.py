@@ -18,6 +18,7 @@ from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.training.datasets import UNREADABLE, CheckedImages, reader_of
 from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.folders import check_one_level, put_in_order
 from timm_faim.training.reporting.pictures import Pictures
 
 
@@ -110,6 +111,8 @@ def open_folder(folder: str, flag: str, channels: int, skip_unreadable: bool) ->
                         "one folder of images per class") from e
     images = CheckedImages(dataset, skip=skip_unreadable, is_training=False)
     reader = reader_of(images)
+    put_in_order(reader, has_class_map=False)
+    check_one_level(reader, f"images of {flag}", allow_distinct=True)
     name_of = {k: name or Path(folder).resolve().name for name, k in reader.class_to_idx.items()}  # "": right in it
     return Folder(images, [name_of[k] for _, k in reader.samples])
 

@@ -80,6 +80,15 @@ def keep_best_epochs(
     return kept
 
 
+def saved_label_names(folder: Path) -> list[str] | None:
+    """The class names in a run folder's config.json; None where there are none."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return names if isinstance(names, list) else None
+
+
 def restore_best(folder: Path, kept: list[dict[str, Any]]) -> None:
     """Make the best of the kept epochs the best weights again, and remove those of epochs that are not kept.
 

@@ -1,6 +1,7 @@
 """Datasets: opened by timm, with the checks that must come before the first step."""
 import argparse
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, MultiLabelTarget, add_img_extensions, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -18,6 +20,8 @@ from torchvision.datasets import ImageFolder
 from timm_faim.data import OMNIGLOT242, omniglot242_root
 from timm_faim.training.args import dataset_type
 from timm_faim.training.errors import RankError, UserError, did_you_mean
+from timm_faim.training.folders import HIDDEN, check_no_strays, check_one_level, check_same_classes, put_in_order
+from timm_faim.training.pixels import read_image
 
 add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))  # timm looks for PNG and JPEG only
 
@@ -68,12 +72,18 @@ class CheckedImages(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image | None, Any]:
         try:
-            stream, target = self.images.reader[index]
+            reader = self.images.reader
+            if isinstance(reader, ReaderImageFolder) and not stat.S_ISREG(os.stat(reader.samples[index][0]).st_mode):
+                raise OSError("no regular file")  # opening a pipe would wait for a writer
+            stream, target = reader[index]
             with stream:
-                return Image.open(stream).convert(self.images.input_img_mode), target
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's ways to say it
+                return read_image(stream, self.images.input_img_mode), target
+        except MemoryError:
+            raise
+        except Exception as e:  # Pillow's decoders raise TypeError, struct.error, ... on damaged files
             if not self.skip:
                 reason = "not an image" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())
+                reason = reason or type(e).__name__
                 raise RankError(f"cannot read image {self._name(index)} ({reason}). Repair or remove the file, or go "
                                 "on without such images with --skip-unreadable") from e
             self.unreadable[index] = True
@@ -106,8 +116,14 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     """
     train = None if args.eval_only else open_split(args, True, in_chans)
     val = open_split(args, False, in_chans) if args.val_split else None
+    splits = [(reader_of(dataset), split) for dataset, split in ((train, args.train_split), (val, args.val_split))
+              if dataset is not None]
+    for reader, split in splits:
+        check_no_strays(reader, split)
     if train is not None and val is not None:
         _check_splits_differ(args, train, val)
+    for reader, split in splits:
+        check_one_level(reader, split, allow_distinct=bool(args.class_map))
     for dataset in (train, val):
         _check_no_empty_class(args, dataset)
 
@@ -126,7 +142,11 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     num_classes = highest + 1 if args.num_classes is None else args.num_classes
     for dataset in filter(None, (train, val)):
         set_targets(args, dataset, num_classes)
-    return TrainingData(train, val, num_classes, _label_names(classes, args.num_classes))
+    names = _label_names(classes, args.num_classes)
+    order = None if classes is None else [str(name) for name in sorted(classes, key=classes.get)]
+    for process, others in enumerate(gather_object([order])):  # a collective call; the list alone without others
+        check_same_classes(order, others, f"process {process}")
+    return TrainingData(train, val, num_classes, names)
 
 
 def set_targets(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:
@@ -170,6 +190,7 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, OSError, ImportError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"cannot open the {split} data of {args.dataset or root}: {reason}") from e
+    put_in_order(getattr(dataset, "reader", None), bool(args.class_map))
     if dataset_type(args) == "hfds":
         _check_fields(args, dataset.reader)
     if isinstance(dataset, ImageDataset):
@@ -238,7 +259,7 @@ def _check_no_empty_class(args: argparse.Namespace, dataset: Dataset | None) -> 
         used = {os.path.dirname(path) for path, _ in reader.samples}
         empty = []
         for folder, children, _ in os.walk(reader.root, followlinks=True):
-            children[:] = [name for name in children if not name.startswith((".", "__"))]
+            children[:] = [name for name in children if not name.startswith(HIDDEN)]
             listed = not args.class_map or os.path.basename(folder) in reader.class_to_idx
             if not children and folder not in used and folder != reader.root and listed:
                 empty.append(os.path.relpath(folder, reader.root))

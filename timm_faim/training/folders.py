@@ -1,0 +1,135 @@
+"""Image folders and tar files as timm reads them, in one total order, with what is no class left out or refused.
+
+timm sorts class names from a `set` by a key under which `1` and `01`, or `acer` and `Acer`, are equal: their order then
+depends on the hash seed of the process. Here ties are broken by the plain name.
+"""
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
+
+from timm_faim.training.errors import UserError
+
+HIDDEN = (".", "__MACOSX", "__pycache__")  # beginnings of names that no person gives a class or an image
+
+
+def total_order(name: str) -> tuple[list, str]:
+    """Key of timm's natural order, and the name itself where that leaves two names equal."""
+    return natural_key(name), name
+
+
+def put_in_order(reader: Any, has_class_map: bool) -> None:
+    """Give timm's reader of a folder or of tar files one order of classes and images, without hidden ones, in place.
+
+    Args:
+        reader: of any kind; others than these two have orders of their own.
+        has_class_map: the classes come from a file and stay as they are.
+
+    Raises:
+        UserError: nothing but hidden images.
+    """
+    if isinstance(reader, ReaderImageFolder):
+        shown = [(path, target) for path, target in reader.samples if not _is_hidden(path, reader.root)]
+        if not shown:
+            raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
+        classes = {} if has_class_map else _renumbered(reader.class_to_idx, {target for _, target in shown})
+        ordered = sorted(shown, key=lambda sample: total_order(sample[0]))
+        reader.samples = [(path, classes.get(target, target)) for path, target in ordered]
+        if not has_class_map:
+            reader.class_to_idx = {name: classes[k] for name, k in reader.class_to_idx.items() if k in classes}
+    elif isinstance(reader, ReaderImageInTar):
+        order = sorted(range(len(reader.samples)), key=lambda i: total_order(reader.samples[i][0].path))
+        reader.samples, reader.targets = reader.samples[order], reader.targets[order]
+        if not has_class_map:
+            classes = _renumbered(reader.class_name_to_idx, set(reader.targets.tolist()))
+            reader.targets = np.array([classes[k] for k in reader.targets.tolist()])
+            reader.class_name_to_idx = {name: classes[k] for name, k in reader.class_name_to_idx.items()}
+            reader.class_idx_to_name = {k: name for name, k in reader.class_name_to_idx.items()}
+
+
+def check_no_strays(reader: Any, split: str) -> None:
+    """Refuse images that lie beside the class folders: timm makes them a class without a name.
+
+    Raises:
+        UserError: names one of them.
+    """
+    if not isinstance(reader, ReaderImageFolder):
+        return
+    stray = [path for path, _ in reader.samples if os.path.dirname(path).rstrip(os.sep) == reader.root.rstrip(os.sep)]
+    if stray:
+        all_of_them = "" if len(stray) < len(reader.samples) else ", and there are no class folders"
+        raise UserError(f"{len(stray)} images of the {split} data lie directly in {reader.root} "
+                        f"({os.path.basename(stray[0])}){all_of_them}. Put each class into a folder of its own")
+
+
+def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> None:
+    """Refuse folders within class folders: timm names a class by its innermost folder alone, so that `dog/young` and
+    `cat/young` are one class.
+
+    Args:
+        reader: timm's.
+        split: what the data are called.
+        allow_distinct: deeper folders are fine as long as no two have the same name.
+
+    Raises:
+        UserError: names the folders.
+    """
+    if not isinstance(reader, ReaderImageFolder):
+        return
+    folders = {os.path.relpath(os.path.dirname(path), reader.root) for path, _ in reader.samples}
+    counts = Counter(PurePath(folder).name for folder in folders)
+    shared = sorted(folder for folder in folders if counts[PurePath(folder).name] > 1)
+    nested = sorted(folder for folder in folders if len(PurePath(folder).parts) > 1)
+    if shared:
+        raise UserError(f"the {split} data in {reader.root} have folders of the same name in different places "
+                        f"({_few(shared)}), and the innermost folder is the class: they would be one. Give each class "
+                        "one folder of its own name")
+    if nested and not allow_distinct:
+        raise UserError(f"the {split} data in {reader.root} have folders within folders ({_few(nested)}); the "
+                        "innermost would be the class. Make one folder a class, or list the innermost ones with "
+                        "--class-map")
+
+
+def _renumbered(classes: dict[str, int], used: Iterable[int]) -> dict[int, int]:
+    """New class numbers by the old ones, of the classes in use."""
+    used = set(used)
+    names = sorted((name for name, k in classes.items() if k in used), key=total_order)
+    return {classes[name]: number for number, name in enumerate(names)}
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    return any(part.startswith(HIDDEN) for part in PurePath(os.path.relpath(path, root)).parts)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_same_classes(names: list[str] | None, others: list[str] | None, whose: str) -> None:
+    """Refuse another list of classes than this one, in another order too.
+
+    Args:
+        names: of this process, in the order of their numbers; None where the data name none.
+        others: those to compare with.
+        whose: whose they are.
+
+    Raises:
+        UserError: shows both from the first difference on.
+    """
+    if names is None or others is None or names == others:
+        return
+    differing = (i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1])
+    first = next(differing, min(len(names), len(others)))
+    raise UserError(f"class {first} is {_from(names, first)} here and {_from(others, first)} in {whose} ({len(names)} "
+                    f"and {len(others)} classes): the same number would mean different classes. Give both the same "
+                    "class folders, or the order in a file with --class-map")
+
+
+def _from(names: list[str], first: int) -> str:
+    return _few([repr(name) for name in names[first:]]) or "not there"
