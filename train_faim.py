@@ -21,7 +21,7 @@ from timm.utils import random_seed
 from timm_faim import faim_heads, hub
 from timm_faim.training import factories, reports, tasks
 from timm_faim.training.args import as_recipe, parse_args
-from timm_faim.training.checkpoint import BEST, restore_best, save_config, saved_label_names
+from timm_faim.training.checkpoint import BEST, check_same_head, restore_best, save_config, saved_label_names
 from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
 from timm_faim.training.epochs import train_epochs
@@ -115,6 +115,7 @@ def train_with(args: argparse.Namespace) -> None:
     run.checkpointer = Checkpointer(accelerator, run.run_folder, trainable, optimizer, layout, scheduler,
                                     task.get_trainable_module(ema=True))
     if checkpoint is not None:
+        check_same_head(model, run.run_folder, args.faim_cfg or ())
         check_same_classes(data.label_names, saved_label_names(run.run_folder), f"the run in {run.run_folder}")
         run.progress = run.checkpointer.load(checkpoint, len(order), with_optimizer=not args.no_resume_opt)
         log(f"  at epoch {run.progress.epoch + 1}, batch {run.progress.step + 1} of {len(order)}")
@@ -134,7 +135,7 @@ def train_with(args: argparse.Namespace) -> None:
     log(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{data.num_classes} classes, {len(data.train)} training and {len(data.val or ())} validation images, "
         f"input {'x'.join(map(str, data_config['input_size']))}; {world} x {accelerator.device.type}; "
-        f"lr {args.lr:.3g}; run folder {run.run_folder}")
+        f"lr {args.lr:.3g} after {args.warmup_epochs} epochs of warm-up; run folder {run.run_folder}")
     started = time.perf_counter()
     has_ended = train_epochs(run, val_batches, (train_loader, val_loader), epochs, log)
     seconds = time.perf_counter() - started

@@ -7,7 +7,7 @@ import yaml
 
 from timm_faim.training.args import as_recipe, build_parser, loss_name, parse_args
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.flags import ONE_LAUNCH
+from timm_faim.training.flags import ONE_LAUNCH, available_cores
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def test_command_line_switches_off_what_the_recipe_switches_on(recipe):
 
 
 def test_recipe_values_get_the_types_of_the_flags(recipe):
-    config = recipe(data_dir="d", lr="1e-3", mean=[0.5], affine=[-10, 0.1, 0.1, 5], no_aug=True, aa=None,
+    config = recipe(data_dir="d", lr="1e-3", mean=[0.5], affine=[10, 0.1, 0.1, 5], no_aug=True, aa=None,
                     faim_cfg={"normalize": True, "margin": 0.2, "init": "seed"}, dataset="")
     args = parse_args(["-c", config])
     assert args.lr == 0.001  # YAML 1.1 reads 1e-3 as a string
-    assert args.mean == [0.5] and args.affine == [-10, 0.1, 0.1, 5] and args.no_aug and args.aa is None
+    assert args.mean == [0.5] and args.affine == [10, 0.1, 0.1, 5] and args.no_aug and args.aa is None
     assert args.faim_cfg == {"normalize": True, "margin": 0.2, "init": "seed"}
 
 
@@ -61,11 +61,11 @@ def test_plain_model_drops_the_head_options_of_a_recipe_but_refuses_its_own(reci
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data-dir", "d", "--epoch", "3"], r"unknown option --epoch\. Did you mean --epochs"),
-    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*invalid int value: 'three'"),
-    (["--data-dir", "d", "--num-classes", "0"], r"--num-classes must be at least 1, got 0"),
-    (["--data-dir", "d", "--num-classes", "-3"], r"--num-classes must be at least 1, got -3"),
-    (["--data-dir", "d", "--batch-size", "0"], r"--batch-size must be at least 1"),
-    (["--data-dir", "d", "--workers", "-1"], r"--workers must not be negative, got -1"),
+    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*whole number in 1..1000000, got three"),
+    (["--data-dir", "d", "--num-classes", "0"], r"--num-classes must be a whole number in 1..10000000, got 0"),
+    (["--data-dir", "d", "--num-classes", "-3"], r"--num-classes must be a whole number in 1..10000000, got -3"),
+    (["--data-dir", "d", "--batch-size", "0"], r"--batch-size must be a whole number in 1"),
+    (["--data-dir", "d", "--workers", "-1"], r"--workers must be .* got -1"),
     (["--data-dir", "d", "--mixup", "0.2", "-b", "7"], r"--batch-size must be even, got 7"),
     (["--data-dir", "d", "--sched", "cosin"], r"invalid choice: 'cosin'"),
     (["--config", "no/such.yaml"], r"cannot read --config no/such.yaml: No such file"),
@@ -80,7 +80,7 @@ def test_bad_options_are_one_line(argv, message):
     ({"data_dir": "d", "weight_decy": 0.1}, r"unknown key 'weight_decy' in .*recipe\.yaml\. Did you mean weight_decay"),
     ({"data_dir": "d", "weight-decay": 0.1}, r"unknown key 'weight-decay'.*weight_decay"),
     ({"data_dir": "d", "amp": "yes please"}, r"amp in .* must be true or false, got 'yes please'"),
-    ({"data_dir": "d", "epochs": 2.5}, r"--epochs.*invalid int value"),
+    ({"data_dir": "d", "epochs": 2.5}, r"--epochs must be a whole number"),
     ({"epochs": 3}, r"no data: give --data-dir or --dataset"),
 ])
 def test_bad_recipes_name_the_key(recipe, keys, message):
@@ -221,23 +221,23 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--cutmix-minmax 0.8 0.2", r"--cutmix-minmax takes MIN < MAX in 0\.\.1, got 0\.8 0\.2"),
     ("--cutmix-minmax 0.8", r"--cutmix-minmax takes MIN < MAX"),
     ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one or two shares"),
-    ("--lr-scale-mu 0", r"--lr-scale-mu must be greater than 0, got 0\.0"),
-    ("--model faim_resnet18 --lr-scale-lambda -1", "--lr-scale-lambda must be greater than 0"),
-    ("--model faim_resnet18 --stages -1 2", "--stages must not be negative, got -1 2"),
-    ("--hflip 1.5", r"--hflip must lie in 0\.\.1, got 1\.5"),
-    ("--drop 2", r"--drop must lie in 0\.\.1, got 2\.0"),
-    ("--model-ema-decay 2", r"--model-ema-decay must lie in 0\.\.1"),
-    ("--smoothing 1", r"--smoothing must be below 1"),
-    ("--clip-grad -1", r"--clip-grad must be greater than 0"),
-    ("--crop-pct 0", r"--crop-pct must be greater than 0"),
-    ("--scale 1.5 0.1", r"--scale takes MIN <= MAX in 0\.\.1, got 1\.5 0\.1"),
+    ("--lr-scale-mu 0", r"--lr-scale-mu must be a number > 0 and <= .* got 0"),
+    ("--model faim_resnet18 --lr-scale-lambda -1", "--lr-scale-lambda must be a number > 0"),
+    ("--model faim_resnet18 --stages -1 2", "--stages must be .* got -1"),
+    ("--hflip 1.5", r"--hflip must be a number in 0\.\.1, got 1\.5"),
+    ("--drop 2", r"--drop must be a number in 0\.\.1, got 2"),
+    ("--model-ema-decay 2", r"--model-ema-decay must be a number in 0\.\.1"),
+    ("--smoothing 1", r"--smoothing must be a number >= 0 and < 1"),
+    ("--clip-grad -1", r"--clip-grad must be a number > 0"),
+    ("--crop-pct 0", r"--crop-pct must be a number in"),
+    ("--scale 1.5 0.1", r"--scale must be a number > 0 and <= 1, got 1\.5"),
     ("--hub-private", "--hub-private and --hub-license need --push-to-hub"),
-    ("--train-last 0", "--train-last must be at least 1, got 0"),
-    ("--cache-views -1", "--cache-views must not be negative"),
+    ("--train-last 0", "--train-last must be .* got 0"),
+    ("--cache-views -1", "--cache-views must be a whole number in 0"),
     ("--start-epoch 300", "--start-epoch 300 leaves none of the 300 epochs"),
     ("--eval-metric map", "--eval-metric map is not computed. Choose one of loss, top1, top5"),
     ("--eval-metric top1 --multi-label --dataset hfds/x", "Choose one of loss, map"),
-    ("--multilabel-threshold 1", "--multilabel-threshold must lie between 0 and 1"),
+    ("--multilabel-threshold 1", "--multilabel-threshold must be a number > 0 and < 1"),
     ("--log-with tensorbord", "unknown --log-with tensorbord. Did you mean tensorboard"),
     # combinations
     ("--mixup 0.2 --aug-splits 2", "--mixup and --cutmix do not go with --aug-splits"),
@@ -292,11 +292,11 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--contrastive supcon --views 2 --fsdp", "--contrastive does not go with --fsdp"),
     ("--contrastive supcon --views 2 --contrastive-stages 0 1 1", "--contrastive-stages needs --contrastive and"),
     ("--contrastive-stages 0 1 1 --stages 1 1", "--contrastive-stages needs --contrastive and --stages"),
-    ("--contrastive supcon --views 2 --stages 1 1 --contrastive-stages 0 -1 1", "--contrastive-stages must not be neg"),
+    ("--contrastive supcon --views 2 --stages 1 1 --contrastive-stages 0 -1 1", "--contrastive-stages must be"),
     ("--contrastive suppcon --views 2", "Did you mean supcon"),
-    ("--views 0", "--views must be at least 1"),
-    ("--contrastive-temperature 0", "--contrastive-temperature must be greater than 0"),
-    ("--contrastive-margin -1", "--contrastive-margin must be greater than 0"),
+    ("--views 0", "--views must be a whole number in 1"),
+    ("--contrastive-temperature 0", "--contrastive-temperature must be a number > 0"),
+    ("--contrastive-margin -1", "--contrastive-margin must be a number > 0"),
 ])
 def test_options_that_do_not_go(argv, message):
     with pytest.raises(UserError, match=message) as raised:
@@ -321,7 +321,8 @@ def test_defaults_and_types_are_timms():
         sched="cosine", lr_base=0.1, lr_base_size=256, warmup_lr=1e-5, min_lr=0.0, epochs=300, warmup_epochs=5,
         lr_noise_pct=0.67, lr_cycle_decay=0.5, lr_cycle_limit=1, decay_rate=0.1, hflip=0.5, color_jitter=0.4,
         reprob=0.0, remode="pixel", recount=1, smoothing=0.1, train_interpolation="random", dist_bn="reduce",
-        model_ema_decay=0.9998, seed=42, log_interval=50, val_interval=1, checkpoint_hist=10, workers=4,
+        model_ema_decay=0.9998, seed=42, log_interval=50, val_interval=1, checkpoint_hist=10,
+        workers=min(4, available_cores()),
         kd_temperature=4.0, kd_distill_type="logit", mixup_prob=1.0, mixup_switch_prob=0.5, clip_mode="norm",
         eval_metric="top1", aug_splits=0, epoch_repeats=0.0, layer_decay_min_scale=0.0, amp_dtype="float16")
     args = vars(parse_args(["d"]))

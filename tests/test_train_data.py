@@ -130,8 +130,8 @@ def test_affine_comes_first_and_only_in_training(folder):
 
 
 def test_bad_affine(folder):
-    with pytest.raises(UserError, match=r"--affine -10.* does not do"):
-        loaders(options(folder, "--affine", "-10", "0.1", "0.1", "5"))
+    with pytest.raises(UserError, match=r"--affine 10.* does not do"):
+        loaders(options(folder, "--affine", "10", "2", "0.1", "5"))
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

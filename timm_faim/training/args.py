@@ -8,17 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DynamoBackend
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
+from timm_faim.models import may_be_converted
+from timm_faim.models.config import resolve_faim_cfg
+from timm_faim.models.documents import read_yaml
+from timm_faim.training.checkpoint import saved_faim_cfg
 from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, Parser, build_parser, switch
 
 DEMO_RECIPE = Path(__file__).parents[1] / "configs" / "omniglot.yaml"
+WARM_UP = 5  # epochs, unless a run is no longer than that
 STREAMED = ("hfids", "wds", "tfds")  # types of --dataset that can only be read from the beginning
+MODES = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4, "YCbCr": 3, "HSV": 3, "LAB": 3}  # Pillow's, with 8 bits
 WITH_FIELDS = ("hfds", *STREAMED)  # types of --dataset whose samples have named fields
 
 
@@ -44,6 +49,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     words = [*_recipe_words(parser, Path(recipe), skip), f"--config={recipe}"] if recipe else []
     args = _parse_line(parser, [*words, *argv])
     args.config, args.data_dir = recipe, args.data or args.data_dir
+    if skip and recipe and line.faim_cfg is None and line.faim_blocks is None:
+        _keep_head_of_run(args, Path(recipe).parent)
     del args.data
 
     if not is_faim(args.model):
@@ -152,14 +159,28 @@ def _recipe_of_run(resume: str, has_data: bool) -> str | None:
                     "to train with --config or --data-dir")
 
 
+def _keep_head_of_run(args: argparse.Namespace, folder: Path) -> None:
+    """Take the head's options from the run's config.json where this version would resolve its args.yaml to others."""
+    saved = saved_faim_cfg(folder)
+    if saved is None or ":" in args.model or not is_faim(args.model) or args.pretrained and may_be_converted(saved):
+        return
+    given = {**(args.faim_cfg or {}), **({} if args.faim_blocks is None else {"blocks": args.faim_blocks})}
+    try:
+        now = resolve_faim_cfg(given)
+    except (ValueError, TypeError):
+        return  # an error of its own, later
+    if any(now[key] != saved[key] for key in now if key not in given and key != "prior"):
+        args.faim_cfg, args.faim_blocks = saved, None
+
+
 def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[str]:
     """Command-line words that say what the recipe says, without the keys in `skip`."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = read_yaml(path)
     except OSError as e:
         raise UserError(f"cannot read --config {path}: {e.strerror}. Give the path of a YAML file") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from e
+    except ValueError as e:
+        raise UserError(f"--config {path} is not valid YAML: {e}") from e
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `key: value` lines, got {type(recipe).__name__}")
@@ -178,18 +199,28 @@ def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[
             word = switch(action, value)
             words += [word] if word else []
         elif isinstance(value, dict):
-            words += [flag, *(f"{k}={v!r}" for k, v in value.items())]
+            words += [flag, *(_value_word(key, f"{k}={v!r}", path) for k, v in value.items())]
         elif isinstance(value, list):
-            words += [flag, *map(str, value)]
+            words += [flag, *(_value_word(key, item, path) for item in value)]
         else:
             words.append(f"{flag}={value}")  # one word: an empty or negative value stays a value
     return words
+
+
+def _value_word(key: str, item: Any, path: Path) -> str:
+    """An item of a list as a word that cannot be read as a flag."""
+    word = str(item)
+    if word.startswith("-") and not isinstance(item, (int, float)):
+        raise UserError(f"{key} in {path} holds {word!r}; items of a list must not begin with a dash")
+    return word
 
 
 def _complete(args: argparse.Namespace) -> None:
     """Defaults that follow from other options, and one spelling of what can be said in two ways."""
     if args.smoothing is None:
         args.smoothing = 0.0 if args.multi_label else 0.1
+    if args.warmup_epochs is None:
+        args.warmup_epochs = WARM_UP if args.epochs > WARM_UP else args.epochs // 2
     if args.eval_metric is None:
         args.eval_metric = "loss" if not args.val_split else _evaluator(args).default_metric
     if args.stages and not any(args.stages):
@@ -204,44 +235,17 @@ def _evaluator(args: argparse.Namespace) -> type[ClassificationEvaluator]:
 
 def _check_values(args: argparse.Namespace) -> None:
     """Each value by itself."""
-    at_least_one = ("num_classes", "batch_size", "validation_batch_size", "epochs", "grad_accum_steps", "log_interval",
-                    "in_chans", "img_size", "cpu_threads", "train_num_samples", "val_num_samples", "train_last",
-                    "val_interval", "checkpoint_hist", "stop_epoch", "kd_student_feature_dim", "kd_teacher_feature_dim",
-                    "lr_cycle_limit", "recount", "views")
-    not_negative = ("workers", "damp_epochs", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "cache_views",
-                    "recovery_interval", "start_epoch", "mixup_off_epoch", "aug_repeats", "epoch_repeats",
-                    "samples_per_class", "faim_blocks")
-    positive = ("lr_scale_backbone", "lr_scale_mu", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda",
-                "kd_temperature", "lr_stable_timescale", "bce_pos_weight", "lr_cycle_mul", "clip_grad", "crop_pct",
-                "contrastive_temperature", "contrastive_margin")
-    shares = ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "color_jitter_prob", "grayscale_prob",
-              "gaussian_blur_prob", "smoothing", "bce_target_thresh", "drop", "drop_path", "drop_block",
-              "model_ema_decay")
-    for keys, holds, rule in (
-        (at_least_one, lambda v: v >= 1, "be at least 1"), (not_negative, lambda v: v >= 0, "not be negative"),
-        (positive, lambda v: v > 0, "be greater than 0"), (shares, lambda v: 0 <= v <= 1, "lie in 0..1"),
-    ):
-        for key in keys:
-            value = getattr(args, key)
-            if value is not None and not holds(value):
-                raise UserError(f"{_flag(key)} must {rule}, got {value}")
-    if args.smoothing == 1:
-        raise UserError("--smoothing must be below 1, got 1.0: nothing of the labels would be left")
-    if not 0 < args.scale[0] <= args.scale[1] <= 1:
-        raise UserError(f"--scale takes MIN <= MAX in 0..1, got {_join(args.scale)}")
-    if not 0 < args.multilabel_threshold < 1:
-        raise UserError(f"--multilabel-threshold must lie between 0 and 1, got {args.multilabel_threshold}")
-    if args.aug_splits < 0 or args.aug_splits == 1:
+    for key in ("scale", "ratio"):
+        low, high = getattr(args, key)
+        if low > high:
+            raise UserError(f"--{key} takes MIN <= MAX, got {low:g} {high:g}")
+    if args.aug_splits == 1:
         raise UserError(f"--aug-splits must be 0 or at least 2, got {args.aug_splits}")
-    if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1]
-                                   <= 1):
+    if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and args.cutmix_minmax[0] < args.cutmix_minmax[1]):
         raise UserError(f"--cutmix-minmax takes MIN < MAX in 0..1, got {_join(args.cutmix_minmax)}")
     if args.lr_noise and len(args.lr_noise) > 2:
         raise UserError(f"--lr-noise takes one or two shares of the run, got {_join(args.lr_noise)}")
-    if args.stages and min(args.stages) < 0:
-        raise UserError(f"--stages must not be negative, got {_join(args.stages)}")
-    if args.contrastive_stages and min(args.contrastive_stages) < 0:
-        raise UserError(f"--contrastive-stages must not be negative, got {_join(args.contrastive_stages)}")
+    _check_channels(args)
     parse_losses(args.contrastive or ())
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} leaves none of the {args.epochs} epochs. Raise --epochs")
@@ -258,6 +262,19 @@ def _check_values(args: argparse.Namespace) -> None:
     if not (args.data_dir or args.dataset):
         raise UserError("no data: give --data-dir or --dataset, on the command line or in "
                         f"{args.config or 'a recipe'}")
+
+
+def _check_channels(args: argparse.Namespace) -> None:
+    """The model's input has the channels of the images' mode."""
+    chans = args.input_size[0] if args.input_size else args.in_chans
+    mode = args.input_img_mode or ("L" if chans == 1 else "RGB")
+    if mode not in MODES:
+        raise UserError(f"unknown --input-img-mode {mode}.{did_you_mean(mode, MODES)} Modes are {', '.join(MODES)}")
+    if chans is not None and chans != MODES[mode]:
+        fitting = " or ".join(name for name, count in MODES.items() if count == chans)
+        mend = f"Give --input-img-mode {fitting}" if fitting else "Images have 1 to 4 channels"
+        raise UserError(f"--{'input-size' if args.input_size else 'in-chans'} {chans}: images of mode {mode} have "
+                        f"{MODES[mode]} channels. {mend}")
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -294,6 +311,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
          "--train-num-samples and --val-num-samples are for streamed data (hfids/, wds/, tfds/). Leave them out"),
         (args.epoch_repeats and kind not in ("hfids", "tfds"),
          "--epoch-repeats is for hfids/ and tfds/ data. Raise --epochs instead"),
+        (args.warmup_epochs >= args.epochs and args.warmup_epochs and args.sched not in ("none", "plateau")
+         and not args.warmup_prefix and not args.eval_only,
+         f"--warmup-epochs {args.warmup_epochs} leaves none of the {args.epochs} epochs at the full rate. Give at most "
+         f"{args.epochs - 1}, or --warmup-prefix"),
         (not args.val_split and args.eval_only, "--eval-only needs validation data: give --val-split"),
         (not args.val_split and args.sched == "plateau",
          "--sched plateau follows the validation: give --val-split or choose another --sched"),
@@ -322,8 +343,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (loss in ("ce", "jsd") and args.multi_label, f"--multi-label does not go with the {loss} loss"),
         (args.head_init == "data" and args.multi_label, "--head-init data does not go with --multi-label"),
         (args.head_refit is not None and not_refit, f"--head-refit does not go with {_join(not_refit[:1])}"),
-        (args.head_refit is not None and args.head_refit < 0,
-         f"--head-refit must be >= 0, or -1 for none, got {args.head_refit}"),
         (args.kd_model_name and args.multi_label, "--kd-model-name does not go with --multi-label"),
         (of_teacher and not args.kd_model_name, f"{_join(of_teacher[:1])} needs a teacher: give --kd-model-name"),
         # contrastive losses

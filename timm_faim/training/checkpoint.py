@@ -1,5 +1,6 @@
 """Weights and model description, in the form that `timm.create_model('local-dir:…', pretrained=True)` opens."""
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from timm_faim.models.config import resolve_faim_cfg
+from timm_faim.models.documents import read_json
+from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write, link_as
 
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
@@ -82,11 +86,47 @@ def keep_best_epochs(
 
 def saved_label_names(folder: Path) -> list[str] | None:
     """The class names in a run folder's config.json; None where there are none."""
-    try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+    names = _saved_config(folder).get("label_names")
     return names if isinstance(names, list) else None
+
+
+def saved_faim_cfg(folder: Path) -> dict[str, Any] | None:
+    """The head's options in a run folder's config.json, completed; None where there are none that can be read."""
+    arguments = _saved_config(folder).get("model_args")
+    given = arguments.get("faim_cfg") if isinstance(arguments, dict) else None
+    try:
+        return None if given is None else resolve_faim_cfg(given)
+    except (ValueError, TypeError):
+        return None
+
+
+def check_same_head(model: torch.nn.Module, folder: Path, asked: Collection[str]) -> None:
+    """Refuse to go on with another head than the run was made with.
+
+    Args:
+        model: the model that is to go on.
+        folder: of the run.
+        asked: options that were asked for, whatever the run had.
+
+    Raises:
+        UserError: names the options that differ.
+    """
+    saved, now = saved_faim_cfg(folder), getattr(model, "faim_cfg", None)
+    if saved is None or now is None:
+        return
+    differ = [key for key in now if key in saved and now[key] != saved[key] and key not in asked]
+    if differ:
+        options = " ".join(f"{key}={saved[key]!r}" for key in differ)
+        raise UserError(f"the run in {folder} was made with a head of {options}, which is not what these options make "
+                        f"now. Go on with --resume {folder} alone, or give --faim-cfg {options}")
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def restore_best(folder: Path, kept: list[dict[str, Any]]) -> None:

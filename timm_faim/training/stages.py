@@ -128,11 +128,12 @@ def build_stages(args: argparse.Namespace, updates_per_epoch: int, epochs: int) 
     if not args.stages or not any(args.stages):
         return None
     # A number below 1 is a fraction of the run.
-    lengths = [round(length * updates_per_epoch * (epochs if length < 1 else 1)) for length in args.stages]
-    if sum(lengths) > updates_per_epoch * epochs:
+    lengths = [length * updates_per_epoch * (epochs if length < 1 else 1) for length in args.stages]
+    updates = updates_per_epoch * epochs
+    if sum(lengths) > updates * (1 + 1e-9):
         raise UserError(f"--stages {args.stages[0]:g} {args.stages[1]:g} are longer than the {epochs} epochs of the "
                         "run. Give shorter ones, or fractions of the run below 1")
-    return StageSchedule(lengths[0], sum(lengths), args.freeze_gamma)
+    return StageSchedule(round(lengths[0]), min(round(sum(lengths)), updates), args.freeze_gamma)
 
 
 def without_effect(args: argparse.Namespace, model: torch.nn.Module) -> list[str]:

@@ -1,0 +1,147 @@
+"""Every number of the command line and of recipes has a range, stated where the option is declared."""
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from runs import TINY, make_images, train
+
+from timm_faim.training.args import parse_args
+from timm_faim.training.checkpoint import saved_faim_cfg
+from timm_faim.training.errors import UserError
+from timm_faim.training.flags import build_parser
+from timm_faim.training.numbers import Number
+from timm_faim.training.stages import build_stages
+
+NUMERIC = [action for action in build_parser()._actions if isinstance(action.type, Number)]
+WORDS = ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "-1e-30", "4294967296", "1e400", "text", "", "0x10", "1_0", "½"]
+
+
+def flag(action):
+    return next(name for name in action.option_strings if name.startswith("--"))
+
+
+def test_every_number_has_a_range():
+    assert [a.dest for a in build_parser()._actions if a.type in (int, float)] == []
+    assert len(NUMERIC) > 90
+    for action in NUMERIC:
+        assert math.isfinite(action.type.least) and math.isfinite(action.type.most)
+        for value in action.default if isinstance(action.default, list) else [action.default]:
+            assert value is None or action.type(str(value)) == value, action.dest
+    text = " ".join(build_parser().format_help().split())
+    assert "[a whole number in 0..2147483647]" in text
+
+
+@pytest.mark.parametrize("line", [
+    "--seed -1", "--seed 4294967296", "--crop-pct 100", "--crop-pct 1e-9", "--affine nan 0 0 0", "--affine 0 0 0 inf",
+    "--stages nan 0.5", "--in-chans 100", "--decay-epochs 0 --sched step", "--cpu-threads 100000", "--img-size 1000000",
+    "--views 10000", "--min-lr nan", "--weight-decay -1", "--warmup-lr nan", "--lr-noise nan nan", "--decay-rate nan",
+    "--layer-decay nan", "--layer-decay 0", "--color-jitter nan", "--ratio 0 0", "--input-size 3 0 8", "--std 0 0 0",
+    "--scale 0.9 0.1", "--ratio 2 1", "--in-chans 2", "--input-size 4 8 8", "--input-img-mode F",
+])
+def test_numbers_that_made_tracebacks_hangs_or_nothing(line):
+    words = line.split()
+    with pytest.raises(UserError) as caught:
+        parse_args(["--data-dir", "d", *words])
+    message = str(caught.value)
+    assert words[0] in message and "\n" not in message and len(message) < 300
+    assert any(word in message for word in words[1:])
+
+
+def test_a_range_holds_for_recipes_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for key, value in (("weight_decay", -1), ("warmup_lr", math.nan), ("mean", [0.5, math.inf]), ("seed", 2**40)):
+        path.write_text(yaml.safe_dump({"data_dir": "d", key: value}))
+        with pytest.raises(UserError, match=f"--{key.replace('_', '-')} must be a .*number in"):
+            parse_args(["-c", str(path)])
+
+
+@pytest.mark.parametrize("content", [
+    {"opt_betas": [0.9, "--push-to-hub=a/b"]}, {"log_with": ["--push-to-hub=a/b"]}, {"freeze": ["-b", "7"]},
+    {"opt_kwargs": {"--push-to-hub": "a/b"}}, {"log_with": ["tensorboard", "--hub-license=mit"]},
+])
+def test_values_of_a_recipe_are_no_flags(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"data_dir": "d", **content}))
+    with pytest.raises(UserError, match=r"must not begin with a dash|must be a number"):
+        parse_args(["-c", str(path)])
+
+
+def test_negative_numbers_in_a_recipe_are_values(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"data_dir": "d", "head_init_bias": -2.5, "model_kwargs": {"depth": -1}}))
+    assert parse_args(["-c", str(path), "--model", "resnet18"]).head_init_bias == -2.5
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_fuzz_of_numeric_flags(rounds):
+    """A value is accepted and within its range, or there is one line that names the option."""
+    rng = random.Random(rounds)
+    tried = refused = 0
+    for action in NUMERIC:
+        for _ in range(3 * rounds):
+            count = action.nargs if isinstance(action.nargs, int) else 1
+            if rng.random() < 0.15:
+                count += rng.choice([-1, 1])
+            words = [rng.choice([*WORDS, str(rng.uniform(-2, 2)), str(rng.randrange(-9, 99))]) for _ in range(count)]
+            tried += 1
+            try:
+                args = parse_args(["--data-dir", "d", flag(action), *words])
+            except UserError as e:
+                refused += 1
+                assert "\n" not in str(e) and len(str(e)) < 400
+            else:
+                value = getattr(args, action.dest)
+                for number in value if isinstance(value, list) else [value]:
+                    assert number is None or action.type.least <= number <= action.type.most, (action.dest, words)
+    assert 0.3 * tried < refused < tried
+    print(f"{tried} command lines, {refused} refused")
+
+
+def test_a_warm_up_leaves_epochs_at_the_full_rate():
+    def of(*words):
+        return parse_args(["--data-dir", "d", *words]).warmup_epochs
+
+    assert of() == of("--epochs", "6") == 5 and of("--epochs", "5") == 2 and of("--epochs", "1") == 0
+    assert of("--epochs", "2", "--warmup-epochs", "5", "--warmup-prefix") == 5
+    assert of("--epochs", "2", "--warmup-epochs", "5", "--sched", "none") == 5
+    for warm_up in ("2", "5"):
+        with pytest.raises(UserError, match=rf"--warmup-epochs {warm_up} leaves none of the 2 epochs .* at most 1"):
+            of("--epochs", "2", "--warmup-epochs", warm_up)
+
+
+@pytest.mark.parametrize("updates", range(1, 13))
+@pytest.mark.parametrize("stages", [(0.5, 0.5), (0.1, 0.9), (0.3, 0.7), (0.25, 0.25)])
+def test_fractions_that_make_a_whole_run_fit(updates, stages):
+    schedule = build_stages(SimpleNamespace(stages=stages, freeze_gamma=False), updates, epochs=1)
+    assert 0 <= schedule.warm_up_end <= schedule.tune_metric_end <= updates
+    assert abs(schedule.tune_metric_end - sum(stages) * updates) <= 0.5
+    with pytest.raises(UserError, match="longer than the 1 epochs"):
+        build_stages(SimpleNamespace(stages=(0.9, 0.2), freeze_gamma=False), updates, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    images = make_images(folder / "images")
+    options = ["--data-dir", images, "--model", "faim_test_resnet", *TINY, "--output", folder]
+    train(*options, "--experiment", "run", "--stop-epoch", "1", "--faim-cfg", "margin=0.3", "recipe=plain")
+    recipe = yaml.safe_load((folder / "run" / "args.yaml").read_text())
+    recipe["faim_cfg"] = {"margin": 0.3}  # as before there were recipes, when "plain" was what there was
+    (folder / "run" / "args.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "run", options
+
+
+def test_a_run_goes_on_with_the_head_that_it_was_made_with(run, capsys):
+    folder, _ = run
+    args = parse_args(["--resume", str(folder)])
+    assert args.faim_cfg["recipe"] == "plain" and args.faim_cfg["margin"] == 0.3
+    assert args.faim_cfg == saved_faim_cfg(folder)
+    assert parse_args(["--resume", str(folder), "--faim-cfg", "margin=0.1"]).faim_cfg == {"margin": 0.1}
+
+
+def test_options_that_make_another_head_do_not_go_on_with_a_run(run):
+    folder, options = run
+    with pytest.raises(UserError, match=r"made with a head of recipe='plain' .*Go on with --resume"):
+        train(*options, "--resume", folder, "--faim-cfg", "margin=0.3")
