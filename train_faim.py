@@ -25,16 +25,17 @@ from timm_faim.training.checkpoint import BEST, check_same_head, restore_best, s
 from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
 from timm_faim.training.epochs import train_epochs
-from timm_faim.training.errors import RankError, UserError, is_lost_process, report, resource_advice
+from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_lost_process, report, resource_advice
 from timm_faim.training.features import cache_features, only_classifier
 from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.folders import check_same_classes
 from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
+from timm_faim.training.lock import release_locks
 from timm_faim.training.loop import Training
 from timm_faim.training.plan import dry_run
 from timm_faim.training.refit import build_refit
-from timm_faim.training.resume import open_run_folder
+from timm_faim.training.resume import FINISHED, open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.stages import build_stages, split_groups, without_effect
 from timm_faim.training.state import Checkpointer
@@ -44,8 +45,11 @@ from timm_faim.training.summary import save_recipe
 def train(argv: Sequence[str]) -> None:
     """One run, from the command line to the saved model."""
     args = parse_args(argv)
-    with resource_advice(args):
-        train_with(args)
+    try:
+        with resource_advice(args):
+            train_with(args)
+    finally:
+        release_locks()
 
 
 def train_with(args: argparse.Namespace) -> None:
@@ -150,6 +154,8 @@ def train_with(args: argparse.Namespace) -> None:
     accelerator.end_training()
     if is_main and has_ended and args.push_to_hub and run.progress.epoch == epochs:  # no process waits for this one
         hub.publish_run(run.run_folder, args.push_to_hub, args.hub_license, args.hub_private, log)
+    if is_main and has_ended and run.progress.epoch == epochs:
+        (run.run_folder / FINISHED).touch()
 
 
 def main() -> None:
@@ -162,7 +168,7 @@ def main() -> None:
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        report(RankError("another process has ended; its own message says why"))
+        report(RankError(LOST_PROCESS))
         sys.exit(1)
 
 

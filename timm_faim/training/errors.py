@@ -3,6 +3,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,21 @@ class RankError(UserError):
     """A `UserError` that one process alone may have met, so that one reports it whatever its rank."""
 
 
-def is_lost_process(error: RuntimeError) -> bool:
+LOST_PROCESS = ("another process of this run has ended; its own message says why. Without one it was killed, most "
+                "often for want of memory. What was saved is kept; go on with --resume auto")
+_LOST = ("onnection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "failed to recv",
+         "remote process exited", "recvValue failed", "sendBytes failed")  # of gloo, NCCL and torch's store
+
+
+def is_lost_process(error: BaseException) -> bool:
     """Whether a collective call failed because another process of the group is gone."""
-    return any(words in str(error) for words in ("onnection closed by peer", "Connection reset by peer"))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -50,8 +63,15 @@ def resource_advice(args: argparse.Namespace) -> Iterator[None]:
     """Turn "out of memory" and "disk full" within the block into a `RankError` that says what to try."""
     try:
         yield
-    except RuntimeError as e:
-        if not should_reduce_batch_size(e):
+    except (RuntimeError, ValueError) as e:
+        if lost := re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", str(e)):
+            raise RankError(
+                f"loader worker {lost[1].strip()} was lost: killed, most often for want of memory or of space in "
+                "/dev/shm. Try fewer --workers; what was saved is kept, go on with --resume auto") from e
+        if "Expected more than 1 value per channel" in str(e):
+            raise RankError(f"batch norm cannot train on one value: --batch-size {args.batch_size} is too small for "
+                            "this model and image size. Give at least --batch-size 2, or a larger --img-size") from e
+        if isinstance(e, ValueError) or not should_reduce_batch_size(e):
             raise
         half, twice = max(1, args.batch_size // 2), 2 * args.grad_accum_steps
         raise RankError(

@@ -59,7 +59,7 @@ def create_run_folder(output: str, experiment: str, model_name: str, img_size: i
     name = experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(model_name)}-{img_size}"
     folder = Path(output, name)
     try:
-        if experiment and folder.is_dir() and any(folder.iterdir()):
+        if experiment and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"run folder {folder} is not empty. Choose another --experiment, or remove the folder")
         folder = Path(get_outdir(output, name, inc=not experiment))
     except OSError as e:

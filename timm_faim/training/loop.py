@@ -5,9 +5,10 @@ Accelerate's own accumulation out of step, so that the boundaries of accumulatio
 """
 import argparse
 import math
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,7 @@ from timm_faim.training.state import Checkpointer, Progress
 
 
 class StopRequest:
-    """Remembers SIGTERM, with which machines that are taken back announce their end."""
+    """Remembers SIGTERM, with which machines that are taken back announce their end, and a closed terminal's SIGHUP."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -40,10 +41,17 @@ class StopRequest:
     def install(self) -> None:
         """Catch the signal from now on; a second one ends the process at once."""
         signal.signal(signal.SIGTERM, self._handle)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup goes on
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
+        if number != signal.SIGTERM:  # what is printed from now on has no terminal to go to
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(nowhere, stream)
 
 
 @dataclass
@@ -214,12 +222,13 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     stage = run.stage()
     optimizer.zero_grad()
     first = progress.step
-    for step, (images, target) in enumerate(run.order.batches(progress.epoch, first), first):
+    given = _told_last(run.order.batches(progress.epoch, first), getattr(run.order, "is_stream", False))
+    for step, ((images, target), is_last) in enumerate(given, first):
         seed_step(args.seed, accelerator.process_index, progress.epoch, step)
         # The last window of an epoch may be shorter than the others; it still makes an update, over its own size.
         window_start = step - step % accum
         window = min(accum, batches - window_start)
-        is_update = step + 1 == window_start + window
+        is_update = step + 1 == window_start + window or is_last
         if not target.is_cuda or step == first:  # on a GPU the look would wait for the device
             check_labels(target, num_classes)
         if run.mixup is not None:
@@ -232,6 +241,10 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
                 result = task(images, target)
             accelerator.backward(result["loss"] / window, create_graph=second_order)
         if is_update:
+            if (short := step + 1 - window_start) < window:  # a stream has ended before its promised length
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(window / short)
             with run.stages.update(optimizer, progress.updates) if run.stages else nullcontext():
                 if args.clip_grad is not None:
                     accelerator.unscale_gradients(optimizer)
@@ -268,6 +281,19 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     parts = {name: value / progress.samples for name, value in progress.parts.items() if has_parts}
     return {"loss": progress.loss_sum / progress.samples, **parts, "top1": 100 * progress.hits / progress.samples,
             "images_per_s": round(progress.samples / progress.seconds, 1), "seconds": round(progress.seconds, 2)}
+
+
+def _told_last(batches: Iterable, is_stream: bool) -> Iterator[tuple[Any, bool]]:
+    """Batches, each with whether it is known to be the last: a stream may end before its length, and is read ahead."""
+    if not is_stream:
+        yield from ((batch, False) for batch in batches)
+        return
+    batches = iter(batches)
+    current = next(batches, None)
+    while current is not None:
+        following = next(batches, None)
+        yield current, following is None
+        current = following
 
 
 def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) -> torch.Tensor:

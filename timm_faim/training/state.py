@@ -26,7 +26,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3
 
 from timm_faim.training.checkpoint import whole_tensors
-from timm_faim.training.errors import RankError, UserError
+from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process
 from timm_faim.training.files import flush_to_disk, rename
 
 FOLDER, MANIFEST = "checkpoints", "manifest.json"
@@ -146,14 +146,17 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 self._publish(temporary, path, progress)
         except (OSError, RuntimeError, SafetensorError) as e:
+            if is_lost_process(e):
+                raise RankError(LOST_PROCESS) from e
             free = shutil.disk_usage(self.folder.parent).free / 2**20
             # torch reports a full disk as a file position that it did not expect.
-            reason = os.strerror(errno.ENOSPC) if free < 1 else " ".join(str(e).split())
+            is_full = free < 1 or is_disk_full(e)
+            reason = f"{os.strerror(errno.ENOSPC)} ({free:.1f} MiB free)" if is_full else " ".join(str(e).split())
             shutil.rmtree(temporary, ignore_errors=True)
             previous = _newest_first(self.folder)
             kept = f"the last complete one is {previous[0]}" if previous else "there is no earlier one"
-            raise RankError(f"cannot write checkpoint {path}: {reason} ({free:.1f} MiB free); {kept}. Free some space "
-                            "and go on with --resume auto") from e
+            mend = "Free some space and go" if is_full else "Go"
+            raise RankError(f"cannot write checkpoint {path}: {reason}; {kept}. {mend} on with --resume auto") from e
         self.accelerator.wait_for_everyone()
         return path
 
