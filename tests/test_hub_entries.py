@@ -10,9 +10,9 @@ import timm
 import torch
 import yaml
 
-from timm_faim.hub import save_model
+from timm_faim.hub import entries, save_model
 from timm_faim.hub.__main__ import run as command
-from timm_faim.hub.entries import check_entry, probe_logits
+from timm_faim.hub.entries import check_entry, probe_logits, write_entry
 from timm_faim.models.published import EntryError, entry_files, read_entry
 from timm_faim.training.args import parse_args
 from timm_faim.training.errors import UserError
@@ -162,3 +162,37 @@ def test_entries_become_tags_of_the_registry(run, tmp_path):
     assert found["fresh"] == [7, 0.3]
     assert "faim_test_resnet.mine is not published yet" in found["error"]
     assert "left out" in result.stderr and "faim_broken.yaml" in result.stderr  # and the others are there all the same
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_classes": 10**9, "label_file": None}, "num_classes must be a whole number in 0..1000000"),
+    ({"model_args": {"faim_cfg": {"foo": 1}}}, "unknown faim_cfg key 'foo'"),
+    ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000"),
+])
+def test_offline_checks_see_what_opening_would_refuse(template, tmp_path, change, message):
+    verdict = check_entry(write(tmp_path, template | change), offline=True)
+    assert verdict.state == "form" and message in verdict.problem
+
+
+def test_a_folder_of_entries_that_is_not_there(tmp_path):
+    model = timm.create_model("faim_test_resnet", num_classes=3)
+    run = save_model(model, tmp_path / "run", ["a", "b", "c"])
+    with pytest.raises(UserError, match="--folder .*missing is no folder"):
+        write_entry(run, tmp_path / "missing", "t", license="mit", dataset={"name": "x"})
+
+
+def test_an_entry_that_is_not_valid_leaves_nothing(tmp_path):
+    model = timm.create_model("faim_test_resnet", num_classes=3)
+    run = save_model(model, tmp_path / "run", ["a", "b", "c"])
+    (tmp_path / "entries").mkdir()
+    with pytest.raises(UserError, match="tag must be letters"):
+        write_entry(run, tmp_path / "entries", "a.b", license="mit", dataset={"name": "x"})
+    assert list((tmp_path / "entries").iterdir()) == []
+
+
+def test_publishing_and_checking_allow_what_machines_differ_by(template, tmp_path):
+    entry = read_entry(write(tmp_path, template | {"probe_logits": [10.0, -20.0]}))
+    assert entries._other_logits([10.0 + 0.015, -20.0], entry) == ""
+    assert "differ by 0.0015 of their size" in entries._other_logits([10.03, -20.0], entry)
+    assert "differ by nan" in entries._other_logits([float("nan"), -20.0], entry)
+    assert "has 1 logits, recorded are 2" in entries._other_logits([10.0], entry)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from timm_faim.hub import Release, build_package, save_model
 from timm_faim.hub.__main__ import run as command
+from timm_faim.hub.package import _dataset_of, public_options
+from timm_faim.training.csv_file import write_csv
 from timm_faim.training.errors import UserError
 
 REPO = "me/faim_test_resnet.pets"
@@ -203,3 +205,39 @@ def test_a_wheel_carries_entries_recipes_and_data(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"timm_faim/hub_configs/template.yaml", "timm_faim/configs/omniglot.yaml",
             "timm_faim/data/omniglot242.tar.gz", "timm_faim/hub/__main__.py"} <= names
+
+
+def test_only_what_is_known_to_be_public_is_published():
+    options = {
+        "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
+        "faim_cfg": {"margin": 0.2, "recipe": "plain", "note": "/home/me/x"}, "dataset": "hfds//home/me/cars",
+        "log_with": ["/home/me"], "project_name": "secret project", "data_dir": "cars", "class_map": "names.txt",
+        "model_kwargs": {"file": "/srv/w.pth", "deep": {"path": ["C:\\Users\\me", "avg"]}, "img_size": 64},
+        "opt_kwargs": {"x": "~/w", "amsgrad": True}, "input_key": "../k", "kd_model_name": "local-dir:/home/me/run",
+        "pretrained_path": "w.pth", "train_split": "/data", "invented_later": "anything", "wandb_tags": ["me"],
+    }
+    assert public_options(options) == {
+        "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
+        "faim_cfg": {"margin": 0.2, "recipe": "plain"},
+        "model_kwargs": {"deep": {"path": ["avg"]}, "img_size": 64}, "opt_kwargs": {"amsgrad": True},
+    }
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"dataset": "hfds//home/me/cars"}, "cars"), ({"dataset": "hfds/org/cars"}, "cars"),
+    ({"dataset": "omniglot242"}, "omniglot242"), ({"data_dir": "/home/me/leaves/"}, "leaves"),
+    ({"data_dir": "C:\\me\\leaves"}, "leaves"), ({}, "image folder"),
+])
+def test_the_name_of_the_data_is_no_path(options, name):
+    assert _dataset_of(options) == name
+
+
+def test_a_name_is_words_in_the_card_and_never_a_formula_in_a_table(finished, tmp_path):
+    name = "<script>x</script> [a](http://b) | =1\n# big"
+    build_package(finished, tmp_path / "package", Release(REPO, dataset_name=name))
+    card = (tmp_path / "package" / "README.md").read_text()
+    body = card.split("---\n", 2)[2]
+    assert "\\<script\\>" in body and "\n# big" not in body and "[a](" not in body
+    assert ModelCard(card).data.eval_results is None or ModelCard(card).data.eval_results[0].dataset_name == name
+    write_csv(tmp_path / "t.csv", [["=1+1", "-3.5", -2, "@x", "a=b", "+cmd"]])
+    assert (tmp_path / "t.csv").read_text() == "'=1+1,-3.5,-2,'@x,a=b,'+cmd\n"

@@ -4,12 +4,15 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from runs import TINY, make_images, train
 
+from timm_faim.retrieve import build_parser as retrieve_parser
 from timm_faim.training.args import parse_args
 from timm_faim.training.checkpoint import saved_faim_cfg
 from timm_faim.training.errors import UserError
+from timm_faim.training.factories import build_scheduler
 from timm_faim.training.flags import build_parser
 from timm_faim.training.numbers import Number
 from timm_faim.training.stages import build_stages
@@ -38,6 +41,8 @@ def test_every_number_has_a_range():
     "--stages nan 0.5", "--in-chans 100", "--decay-epochs 0 --sched step", "--cpu-threads 100000", "--img-size 1000000",
     "--views 10000", "--min-lr nan", "--weight-decay -1", "--warmup-lr nan", "--lr-noise nan nan", "--decay-rate nan",
     "--layer-decay nan", "--layer-decay 0", "--color-jitter nan", "--ratio 0 0", "--input-size 3 0 8", "--std 0 0 0",
+    "--affine 10 2 0 0", "--affine 10 0 1 0", "--affine 10 0 0 90", "--lr-noise 0.9 0.1", "--decay-milestones 20 10",
+    "--lr-noise-pct 0", "--lr-cycle-mul 1e-300",
     "--scale 0.9 0.1", "--ratio 2 1", "--in-chans 2", "--input-size 4 8 8", "--input-img-mode F",
 ])
 def test_numbers_that_made_tracebacks_hangs_or_nothing(line):
@@ -145,3 +150,40 @@ def test_options_that_make_another_head_do_not_go_on_with_a_run(run):
     folder, options = run
     with pytest.raises(UserError, match=r"made with a head of recipe='plain' .*Go on with --resume"):
         train(*options, "--resume", folder, "--faim-cfg", "margin=0.3")
+
+
+@pytest.mark.parametrize("line", [
+    "--lr-cycle-mul 10 --lr-cycle-limit 1000", "--lr-cycle-mul 0.5 --lr-cycle-limit 3 --cooldown-epochs 4 --epochs 6",
+    "--sched step --decay-epochs 0.001 --decay-rate 100", "--sched tanh --lr-cycle-mul 100 --lr-cycle-limit 900",
+])
+def test_schedules_without_rates_are_one_line(line):
+    args = parse_args(["--data-dir", "d", "--warmup-epochs", "0", *line.split()])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    try:
+        _, epochs = build_scheduler(args, optimizer, batches=4)
+    except UserError as e:
+        assert "--sched" in str(e) and "\n" not in str(e)
+    else:
+        assert epochs > 0
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau",
+                                   "none"])  # fmt: skip
+def test_usual_schedules_have_rates(sched):
+    args = parse_args(["--data-dir", "d", "--sched", sched, "--epochs", "100", "--decay-epochs", "30", "--lr-noise",
+                       "0.4", "0.9"])  # fmt: skip
+    build_scheduler(args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), batches=4)
+
+
+def test_a_recipes_warm_up_gives_way_to_a_shorter_run():
+    assert parse_args(["--epochs", "1"]).warmup_epochs == 0 and parse_args(["--epochs", "2"]).warmup_epochs == 1
+    with pytest.raises(UserError, match="leaves none"):
+        parse_args(["--epochs", "2", "--warmup-epochs", "2"])
+
+
+def test_retrieval_has_ranges_too():
+    for action in retrieve_parser()._actions:
+        assert action.type not in (int, float), action.dest
+    for words in (["--seed", "-1"], ["--sheet-rows", "1000000"], ["--workers", "100000"], ["--batch-size", "nan"]):
+        with pytest.raises(UserError, match=rf"{words[0]} must be a whole number in .*, got {words[1]}"):
+            retrieve_parser().parse_args(["d", "--checkpoint", "x", *words])

@@ -417,8 +417,8 @@ def test_folders_without_an_answer(retrieve, tmp_path, change, message):
     (["{images}/train", "--queries", "{images}/none"], r"--queries .*/none is no folder"),
     (["{images}/train", "--queries", "{images}/val/../train"], "is the gallery itself"),
     (["{images}/train", "--queries", "{other}/val"], r"no class in common \(queries: ape, eel; gallery: bird, cat"),
-    (["{images}/train", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
-    (["{images}/train", "--sheet-rows", "0"], "--sheet-rows must be >= 1, got 0"),
+    (["{images}/train", "--batch-size", "0"], "--batch-size must be .* got 0"),
+    (["{images}/train", "--sheet-rows", "0"], "--sheet-rows must be .* got 0"),
     (["{images}/train", "--device", "toaster"], "--device toaster cannot be used"),
 ])
 def test_wrong_options_are_one_line(retrieve, images, tmp_path, argv, message):

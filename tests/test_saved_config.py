@@ -1,15 +1,22 @@
 """What a saved or downloaded config.json may say: refused by name before anything is built."""
 import json
+import random
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from timm_faim.hub import save_model
-from timm_faim.hub.package import Release, build_package
+from timm_faim.hub.package import Release, build_package, open_folder, read_config
+from timm_faim.models.published import EntryError, read_entry
 from timm_faim.models.saved import check_config
+from timm_faim.retrieval.images import open_model
+from timm_faim.training.args import as_recipe, parse_args
 from timm_faim.training.errors import UserError
+from timm_faim.training.factories import build_model
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +46,12 @@ def test_a_saved_config_is_accepted(config):
     ({"model_args": {"in_chans": 10**9}}, "in_chans must be a whole number in 1..1000000, got '1000000000'"),
     ({"model_args": {"img_size": [32, -1]}}, "img_size must be a whole number"),
     ({"model_args": {"embed_dim": 10**12}}, "embed_dim must not exceed 1000000"),
-    ({"model_args": {"depths": [1, [2, [10**9]]]}}, "depths must not exceed 1000000"),
+    ({"model_args": {"depths": [1, [2, [10**9]]]}}, "depths must not exceed 1000,"),
     ({"model_args": {"act_layer": "x" * 200_000}}, "act_layer is too long"),
+    ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000, got 100000"),
+    ({"model_args": {"embed_dim": float("nan")}}, "embed_dim must not exceed 1000000, got nan"),
+    ({"model_args": [["num_classes", 3]]}, "model_args must be dict"),
+    ({"architecture": ["faim_test_resnet"]}, "architecture must be str"),
     ({"label_names": ["a", "b"]}, "2 label_names and 3 classes"),
     ({"label_names": "abc"}, "label_names must be a list of names"),
 ])
@@ -125,3 +136,77 @@ def test_prototypes_of_another_shape_are_named(folder, config, tmp_path):
     with pytest.raises(RuntimeError, match=r"3 classes and .* shape \[\]"):
         timm.create_model(source, pretrained=True)
     assert timm.create_model(source, pretrained=True, num_classes=7).num_classes == 7
+
+
+def test_an_unknown_layer_is_one_line(folder, config, tmp_path):
+    config["model_args"]["act_layer"] = "reluu"
+    copied(folder, config, tmp_path)
+    with pytest.raises(UserError, match="does not open with timm"):
+        open_folder(tmp_path)
+    with pytest.raises(UserError, match="cannot open --checkpoint"):
+        open_model(str(tmp_path))
+
+
+def test_weights_that_are_a_text_file_are_one_line(tmp_path):
+    text = tmp_path / "weights.pth"
+    text.write_text("no weights")
+    args = parse_args(["--data-dir", "d", "--model", "faim_test_resnet", "--initial-checkpoint", str(text)])
+    with pytest.raises(UserError, match="cannot create faim_test_resnet"):
+        build_model(args, 3)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\xff\xfe", "[" * 100_000], ids=range(6))
+def test_documents_of_no_use_are_one_line(folder, tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin1", errors="replace")
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    entry = tmp_path / "faim_test_resnet.x.yaml"
+    entry.write_text(text.replace("[" * 100_000, "[" * 3000), encoding="latin1", errors="replace")
+    with pytest.raises(EntryError):
+        read_entry(entry)
+
+
+def mutated(value, rng):
+    """A value of JSON in which one thing is different."""
+    strange = [None, True, -1, 0, 10**12, 1e308, float("nan"), "", "x" * 300_000, "é\u202e", [], {}, ["a"], {"a": 1},
+               [[[[[[[[[[1]]]]]]]]]], "../../etc/passwd", "=cmd()"]  # fmt: skip
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(sorted(value))
+        how = rng.random()
+        if how < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if how < 0.2:
+            return value | {str(rng.choice(strange))[:50]: rng.choice(strange)}
+        return value | {key: mutated(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.5:
+        return [mutated(value[0], rng), *value[1:]]
+    return rng.choice(strange)
+
+
+@pytest.mark.parametrize("rounds", [30, pytest.param(5000, marks=pytest.mark.slow)])
+def test_fuzz_of_configs_entries_and_options(config, tmp_path, rounds):
+    """What others have written is accepted, or refused in one line of the project's own."""
+    rng = random.Random(rounds)
+    entry = yaml.safe_load((Path(__file__).parents[1] / "hub_configs" / "template.yaml").read_text(encoding="utf-8"))
+    options = as_recipe(parse_args(["--data-dir", "d"]))
+    refused = {"config": 0, "entry": 0, "options": 0}
+    for _ in range(rounds):
+        try:
+            check_config(mutated(config, rng))
+        except (ValueError, TypeError) as e:
+            refused["config"] += 1
+            assert len(str(e)) < 1000, e
+        path = tmp_path / f"{entry['architecture']}.{entry['tag']}.yaml"
+        path.write_text(yaml.safe_dump(mutated(entry, rng)), encoding="utf-8")
+        try:
+            read_entry(path)
+        except EntryError:
+            refused["entry"] += 1
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(mutated(options, rng)), encoding="utf-8")
+        try:
+            parse_args(["-c", str(tmp_path / "args.yaml")])
+        except UserError:
+            refused["options"] += 1
+    assert all(0.2 * rounds < count < rounds for count in refused.values()), refused
+    print(f"{rounds} of each, refused: {refused}")

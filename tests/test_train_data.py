@@ -130,7 +130,7 @@ def test_affine_comes_first_and_only_in_training(folder):
 
 
 def test_bad_affine(folder):
-    with pytest.raises(UserError, match=r"--affine 10.* does not do"):
+    with pytest.raises(UserError, match=r"--affine takes .*TRANSLATE in 0..1.* got 10 2 0.1 5"):
         loaders(options(folder, "--affine", "10", "2", "0.1", "5"))
 
 

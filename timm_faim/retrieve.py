@@ -8,7 +8,6 @@ DIR holds one folder of images per class; the classes need not be those of the m
 """
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,8 @@ from timm_faim.retrieval.images import Images, open_folder, open_model, read_ima
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write, check_writable
+from timm_faim.training.flags import Parser, available_cores
+from timm_faim.training.numbers import whole
 from timm_faim.training.reporting.tables import versions
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
@@ -60,23 +61,25 @@ class Task:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser."""
-    parser = argparse.ArgumentParser(prog="python -m timm_faim.retrieve", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m timm_faim.retrieve", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("gallery", metavar="DIR", help="image folder, one folder per class")
     add("--checkpoint", required=True, metavar="RUN",
         help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights")
     add("--queries", metavar="DIR", help="queries from this folder (default: each image of the gallery in turn)")
     add("--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
-    add("--recall-at", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
-    add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+    add("--recall-at", type=whole(1), nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
+    add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
+    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
         help="processes that read images (default: 4, or as many as there are cores)")
     add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
     add("--amp", action="store_true", help="run the model in bfloat16 autocast; distances stay in float64")
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    add("--sheet-rows", type=int, default=12, metavar="N", help="queries on the contact sheet (default: 12)")
+    add("--sheet-rows", type=whole(1, 1000), default=12, metavar="N",
+        help="queries on the contact sheet (default: 12)")
     add("--no-sheet", action="store_true", help="draw no contact sheet")
-    add("--seed", type=int, default=42, metavar="N", help="of the clustering and of the sheet (default: 42)")
+    add("--seed", type=whole(0, 2**31 - 1), default=42, metavar="N",
+        help="of the clustering and of the sheet (default: 42)")
     return parser
 
 
@@ -222,10 +225,6 @@ def _draw(path: Path, task: Task, faim: Ranking, args: argparse.Namespace) -> No
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, values, least in (("--batch-size", [args.batch_size], 1), ("--workers", [args.workers], 0),
-                                ("--sheet-rows", [args.sheet_rows], 1), ("--recall-at", args.recall_at, 1)):
-        if min(values) < least:
-            raise UserError(f"{flag} must be >= {least}, got {min(values)}")
     if args.queries is not None and Path(args.queries).resolve() == Path(args.gallery).resolve():
         raise UserError(f"--queries {args.queries} is the gallery itself, where each image would find itself. Leave "
                         "--queries out: then each image is compared with all others")

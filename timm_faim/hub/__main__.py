@@ -9,7 +9,6 @@
 The token comes from `hf auth login` or HF_TOKEN; it is no option, so that it stands in no history of commands.
 """
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from timm_faim.hub.entries import check_entry, publish_entry, write_entry
 from timm_faim.hub.package import Release, build_package
 from timm_faim.hub.publish import publish
 from timm_faim.hub.upload import check_repo_id
+from timm_faim.models.documents import read_json
 from timm_faim.models.published import EntryError, entry_files, read_entry
 from timm_faim.training.errors import UserError
 
@@ -130,7 +130,7 @@ def _descriptions(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read --label-descriptions {path}: {e}") from e
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):

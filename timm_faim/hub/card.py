@@ -1,4 +1,5 @@
 """The model card: what a visitor of the repository reads, and the metadata that the Hub reads."""
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +58,22 @@ def _data(facts: Facts) -> ModelCardData:
     )
 
 
+def _plain(text: str) -> str:
+    """A person's words as such: one line, none of it Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#~!])", r"\\\1", " ".join(text.split()))
+
+
 def _text(facts: Facts) -> str:
     architecture = facts.config["architecture"]
     cfg = facts.config["pretrained_cfg"]
     size = " × ".join(map(str, cfg["input_size"]))
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
     base += f", licence {facts.base_license}" if facts.base_license else ""
+    dataset = _plain(facts.dataset_name)
     sections = [
         f"# {facts.repo_id.split('/')[-1]}",
         f"A [timm](https://github.com/huggingface/pytorch-image-models) model, `{architecture}`, with a FAIM head: one "
-        f"prototype per class, logits = −γ times the Finsler distance to it. Trained on: {facts.dataset_name} "
+        f"prototype per class, logits = −γ times the Finsler distance to it. Trained on: {dataset} "
         f"({facts.config['num_classes']} classes).",
         _table(["", ""], [
             ["parameters", f"{facts.parameters / 1e6:.2f} M"], ["input", size],
@@ -86,7 +93,7 @@ def _text(facts: Facts) -> str:
     results = [[text, f"{facts.metrics[key]:.2f} %"] for key, text in _METRICS.items() if key in facts.metrics]
     if results:
         count = f" on {int(facts.metrics['samples'])} images" if "samples" in facts.metrics else ""
-        sections += ["## Results", f"Validation of {facts.dataset_name}{count}.", _table(["metric", "value"], results)]
+        sections += ["## Results", f"Validation of {dataset}{count}.", _table(["metric", "value"], results)]
     if "metric.png" in facts.files:
         sections += ["## The metric", "![λ and γ over the epochs, the spectrum of Σ, the size of β](metric.png)"]
     if facts.rows:

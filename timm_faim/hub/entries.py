@@ -1,5 +1,4 @@
 """Entries of hub_configs/: made from a run, verified against the Hub, filled in once published."""
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from timm_faim.hub.package import CONFIG, Release, build_package, open_folder, r
 from timm_faim.hub.upload import push
 from timm_faim.models.checkpoint import sha256
 from timm_faim.models.config import nearest
+from timm_faim.models.documents import read_json
 from timm_faim.models.published import INPUT_KEYS, Entry, EntryError, read_entry
+from timm_faim.models.saved import check_config
 from timm_faim.training.checkpoint import TIMM_NAME
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write
@@ -46,11 +47,13 @@ def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dic
     path = folder / f"{name}.yaml"
     if path.exists():
         raise UserError(f"{path} exists. Choose another --tag, or edit it")
+    if not folder.is_dir():
+        raise UserError(f"--folder {folder} is no folder. Make it, or name the folder of the entries")
     labels = config.get("label_names")
     cfg, arguments = config["pretrained_cfg"], dict(config.get("model_args") or {})
     arguments.pop("num_classes", None)
     evaluation = run / "eval" / "eval.json"
-    metrics = json.loads(evaluation.read_text(encoding="utf-8"))["metrics"] if evaluation.is_file() else {}
+    metrics = _metrics_of(evaluation) if evaluation.is_file() else {}
     content = {
         "architecture": config["architecture"], "tag": tag, "repo_id": None, "revision": None, "sha256": None,
         "num_classes": config["num_classes"], "license": license, "dataset": dataset, "recipe": recipe or None,
@@ -69,6 +72,8 @@ def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dic
         read_entry(path)
     except EntryError as e:
         path.unlink()
+        if labels:
+            (folder / content["label_file"]).unlink()
         raise UserError(str(e)) from e
     return path
 
@@ -96,6 +101,12 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
     if not timm.is_model(entry.architecture):
         near = nearest(entry.architecture, timm.list_models("faim_*"))
         return Verdict(entry.name, "form", f"timm_faim has no {entry.architecture}" + (f"; {near}?" if near else ""))
+    try:
+        check_config({"architecture": entry.architecture, "num_classes": entry.num_classes,
+                      "model_args": entry.model_args,
+                      "pretrained_cfg": {**entry.pretrained_cfg, "num_classes": entry.num_classes}})
+    except (ValueError, TypeError) as e:
+        return Verdict(entry.name, "form", str(e).replace("config.json", path.name))
     if not entry.revision:
         return Verdict(entry.name, "form; not published")
     if offline:
@@ -105,13 +116,29 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
         found = probe_logits(model)
     except Exception as e:  # a download fails in as many ways as there are libraries below
         return Verdict(entry.name, "download", " ".join(str(e).split())[:500])
-    if entry.probe_logits:
-        scale = max(1.0, max(map(abs, entry.probe_logits)))
-        off = max(abs(a - b) for a, b in zip(found, entry.probe_logits, strict=True)) / scale
-        if not off <= TOLERANCE:
-            return Verdict(entry.name, "logits", f"the probe's logits differ by {off:.2g} of their size: {found}, "
-                                                 f"recorded {entry.probe_logits}")
+    if problem := _other_logits(found, entry):
+        return Verdict(entry.name, "logits", problem)
     return Verdict(entry.name, "form, hash and logits")
+
+
+def _other_logits(found: list[float], entry: Entry) -> str:
+    """How a model's probe differs from an entry's by more than machines differ; empty where it does not."""
+    recorded = entry.probe_logits
+    if not recorded:
+        return ""
+    if len(found) != len(recorded):
+        return f"the probe has {len(found)} logits, recorded are {len(recorded)}"
+    off = max(abs(a - b) for a, b in zip(found, recorded, strict=True)) / max(1.0, *map(abs, recorded))
+    return "" if off <= TOLERANCE else (
+        f"the probe's logits differ by {off:.2g} of their size: {found}, recorded {recorded}")
+
+
+def _metrics_of(path: Path) -> dict[str, Any]:
+    try:
+        metrics = read_json(path)["metrics"]
+        return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"cannot read {path}: {e}. Evaluate the run again with --eval-only") from e
 
 
 def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None = None) -> Entry:
@@ -130,9 +157,9 @@ def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None =
     model = build_package(run, work, Release(
         entry.repo_id, entry.license, datasets=[entry.dataset["id"]] if entry.dataset.get("id") else [],
         dataset_name=entry.dataset.get("name", "")))
-    if entry.probe_logits and probe_logits(model) != entry.probe_logits:
-        raise UserError(f"the weights in {run} are not those that {path} was written from: the probe's logits differ. "
-                        "Write the entry anew")
+    if problem := _other_logits(probe_logits(model), entry):
+        raise UserError(f"the weights in {run} are not those that {path} was written from: {problem}. Write the entry "
+                        "anew")
     _, commit = push(work, entry.repo_id, private=private)
     _fill_in(path, {"revision": commit, "sha256": sha256(work / TIMM_NAME)})
     return read_entry(path)

@@ -4,6 +4,7 @@ It is built whole in a folder of its own, from a run of train_faim.py or any fol
 model.safetensors, and opened with timm before anything is uploaded.
 """
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,11 @@ from torch import nn
 
 from timm_faim.head import faim_heads
 from timm_faim.hub.card import CARD, Facts, write_card
+from timm_faim.models.documents import read_json, read_yaml
 from timm_faim.models.saved import check_config
 from timm_faim.training.checkpoint import LAST, TIMM_NAME, save_config, save_weights
 from timm_faim.training.errors import UserError
+from timm_faim.training.flags import build_parser
 from timm_faim.training.reporting.distances import HeadDistances
 from timm_faim.training.reporting.heads import draw_head
 from timm_faim.training.summary import read_summary
@@ -31,9 +34,14 @@ CONFIG, ARGS, SUMMARY, EVALUATION = "config.json", "train_args.yaml", "summary.c
 CURVE, PICTURE = "learning_curve.png", "metric.png"
 FILES = (TIMM_NAME, CONFIG, CARD, ARGS, SUMMARY, EVALUATION, CURVE, PICTURE)  # all that is ever published
 
-# Options of a run that say where things were on the machine that trained.
-_LOCAL = ("data_dir", "output", "experiment", "config", "class_map", "initial_checkpoint", "pretrained_path", "resume",
-          "push_to_hub", "wandb_resume_id")
+# Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
+# options with choices are public too; anything else is not published.
+_PUBLIC_WORDS = ("model", "opt", "aa", "gp", "interpolation", "train_interpolation", "input_img_mode", "torchcompile",
+                 "eval_metric", "kd_model_name", "train_split", "val_split", "dataset")
+_PUBLIC_GROUPS = ("faim_cfg", "opt_kwargs", "model_kwargs", "contrastive", "freeze")
+_WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*(?:/[\w.*-]+)?)?")  # a name, or ORG/NAME
+_EVALUATED = ("metrics", "num_classes", "versions")  # of eval.json
+_ELSEWHERE = ("local-dir:", "file:")
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def _build(run: Path, folder: Path, release: Release) -> nn.Module:
     shutil.copyfile(weights, folder / TIMM_NAME)
     args = _options(run)
     if args:
-        (folder / ARGS).write_text(yaml.safe_dump(_portable(args), sort_keys=False), encoding="utf-8")
+        (folder / ARGS).write_text(yaml.safe_dump(public_options(args), sort_keys=False), encoding="utf-8")
     for name in (SUMMARY, CURVE):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
@@ -150,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}. Name the run folder of a training") from e
     _check(folder, config)
@@ -176,7 +184,7 @@ def open_folder(folder: Path) -> nn.Module:
 
 def _check(folder: Path, config: Any) -> None:
     try:
-        check_config(config if isinstance(config, dict) else {})
+        check_config(config)
     except (ValueError, TypeError) as e:
         raise UserError(f"{folder}: {e}") from e
 
@@ -205,27 +213,70 @@ def _weights(run: Path) -> Path:
 def _options(run: Path) -> dict[str, Any]:
     for path in (run / "args.yaml", run / ARGS):
         if path.is_file():
-            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            try:
+                found = read_yaml(path)
+            except (OSError, ValueError) as e:
+                raise UserError(f"cannot read {path}: {e}. Mend it, or remove it to publish without options") from e
+            return found if isinstance(found, dict) else {}
     return {}
 
 
-def _portable(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without what names a folder of the machine that trained."""
-    return {key: value for key, value in args.items() if key not in _LOCAL and not _is_path(value)}
+def public_options(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are known to say nothing of the machine that trained.
+
+    Numbers and switches, words that one of a few choices is, and names in the options that hold names; of groups of
+    options the same within.
+    """
+    choices = {a.dest: a.choices for a in build_parser()._actions if a.choices}
+    public = {}
+    for key, value in args.items():
+        if key in _PUBLIC_GROUPS:
+            if (kept := _public_part(value)) is not None:
+                public[key] = kept
+        elif isinstance(value, str):
+            if value in choices.get(key, ()) or key in _PUBLIC_WORDS and _is_name(value):
+                public[key] = value
+        elif _is_number(value) or isinstance(value, list) and all(map(_is_number, value)):
+            public[key] = value
+    return public
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and (value.startswith(("/", "~", "local-dir:")) or ":\\" in value)
+def _public_part(value: Any) -> Any:
+    """Of a nested value what is public; None for nothing."""
+    if isinstance(value, dict):
+        parts = {key: _public_part(item) for key, item in value.items() if isinstance(key, str) and _is_name(key)}
+        return {key: part for key, part in parts.items() if part is not None}
+    if isinstance(value, list):
+        return [part for part in map(_public_part, value) if part is not None]
+    return value if _is_number(value) or isinstance(value, str) and _is_name(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _is_name(value: str) -> bool:
+    return _WORD.fullmatch(value) is not None and not value.startswith((".", *_ELSEWHERE)) and len(value) <= 100
 
 
 def _copy_without_paths(source: Path, path: Path) -> None:
-    facts = json.loads(source.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in facts.items() if not _is_path(value) and key != "weights"}
+    try:
+        facts = read_json(source)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {source}: {e}. Evaluate the run again with --eval-only") from e
+    facts = facts if isinstance(facts, dict) else {}
+    kept = {key: value for key, value in facts.items() if key in _EVALUATED}
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _dataset_of(args: Mapping[str, Any]) -> str:
-    return str(args.get("dataset") or "") or Path(str(args.get("data_dir") or "image folder")).name
+    """A name for the card: of --dataset what is no path, else the last part of the data folder's name."""
+    name = str(args.get("dataset") or "")
+    kind, _, rest = name.partition("/")
+    if name and _is_name(name) and not rest.startswith("/"):
+        return name
+    place = rest if name else str(args.get("data_dir") or "")
+    return Path(place.rstrip("/\\").replace("\\", "/")).name or kind or "image folder"
 
 
 def _base_model(args: Mapping[str, Any]) -> tuple[str | None, str | None]:

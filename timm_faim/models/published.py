@@ -17,6 +17,7 @@ from typing import Any, Optional
 from timm.models import PretrainedCfg
 
 from .config import PREFIX, nearest
+from .documents import read_yaml
 
 ORGANISATION, FOLDERS = "TIMM_FAIM_HUB_ORG", "TIMM_FAIM_HUB_CONFIGS"
 _PACKAGE = Path(__file__).parents[1]
@@ -108,7 +109,8 @@ class Entry:
                 self._refuse(f"pretrained_cfg.{key}",
                              f"is not known.{_near(key, INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}")
         if self.label_file is not None:
-            if Path(self.label_file).name != self.label_file or self.label_file.startswith("."):
+            if not isinstance(self.label_file, str) or Path(self.label_file).name != self.label_file \
+                    or self.label_file.startswith(".") or len(self.label_file) > 200:
                 self._refuse("label_file", f"must be the name of a file beside the entry, got {self.label_file!r}")
             try:
                 count = len(self.label_names())
@@ -118,7 +120,7 @@ class Entry:
                 self._refuse("label_file", f"{self.label_file} has {count} names, num_classes is {self.num_classes}")
 
     def _refuse(self, key: str, problem: str) -> None:
-        raise EntryError(f"{self.path}: {key} {problem}")
+        raise EntryError(f"{self.path}: {key} {problem[:400]}")
 
 
 _TYPES = {"architecture": str, "tag": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict,
@@ -131,12 +133,10 @@ def read_entry(path: Path) -> Entry:
     Raises:
         EntryError: what is wrong in it, by key.
     """
-    import yaml  # not needed where no entries are
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise EntryError(f"{path} cannot be read: {' '.join(str(e).split())}") from e
+        content = read_yaml(path)
+    except (OSError, ValueError) as e:
+        raise EntryError(f"{path} cannot be read: {e}") from e
     if not isinstance(content, dict):
         raise EntryError(f"{path} must hold `key: value` lines")
     known = {f.name: f for f in fields(Entry) if f.name != "path"}

@@ -1,5 +1,6 @@
 """What a saved or downloaded config.json says, checked before anything is built from it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -10,6 +11,8 @@ from .config import nearest, resolve_faim_cfg
 
 SOURCES = ("hf-hub", "local-dir")  # of configs that came with their weights
 _LARGEST, _LONGEST, _DEEPEST = 1_000_000, 100_000, 8
+_SAID = 400  # characters of a message, however long the value that it names
+_DEEPEST_MODEL, _COUNTS = 1_000, re.compile("depth|layers|blocks|repeat")  # modules that are built one by one
 _ELSEWHERE = ("url", "state_dict", "hf_hub_filename")  # ways to other weights than those beside the config
 
 
@@ -52,9 +55,20 @@ def check_config(config: Mapping[str, Any]) -> None:
         ValueError: an unknown architecture or head option, by name; a size or a form that cannot be.
         TypeError: a head option of another type than its default.
     """
+    try:
+        _check_config(config)
+    except (ValueError, TypeError) as e:
+        raise type(e)(str(e)[:_SAID]) from e
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must be an object of keys and values, got {type(config).__name__}")
     for key, kind in (("architecture", str), ("pretrained_cfg", dict), ("num_classes", int)):
         if not isinstance(config.get(key), kind):
             raise ValueError(f"config.json: {key} must be {kind.__name__}, got {config.get(key)!r}")
+    if not isinstance(config.get("model_args") or {}, dict):
+        raise ValueError(f"config.json: model_args must be dict, got {str(config['model_args'])[:60]}")
     name, arguments = config["architecture"], dict(config.get("model_args") or {})
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
@@ -84,8 +98,9 @@ def _check_count(name: str, key: str, value: Any, least: int) -> None:
 
 def _check_plain(name: str, key: str, value: Any, depth: int = 0) -> None:
     """Numbers, short texts and shallow lists: the arguments of timm's models are nothing else."""
-    if isinstance(value, (int, float)) and abs(value) > _LARGEST:
-        raise ValueError(f"{name}: {key} must not exceed {_LARGEST}, got {value}")
+    if isinstance(value, (int, float)) and not abs(value) <= (_DEEPEST_MODEL if _COUNTS.search(key) else _LARGEST):
+        most = _DEEPEST_MODEL if _COUNTS.search(key) else _LARGEST
+        raise ValueError(f"{name}: {key} must not exceed {most}, got {value}")
     if isinstance(value, (str, list, tuple, dict)) and (len(value) > _LONGEST or depth > _DEEPEST):
         raise ValueError(f"{name}: {key} is too long or too deep to be an option of a model")
     if isinstance(value, (list, tuple, dict)):

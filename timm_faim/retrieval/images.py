@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.training.datasets import UNREADABLE, CheckedImages, reader_of
-from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.errors import MODEL_ERRORS, UserError, did_you_mean
 from timm_faim.training.folders import check_one_level, put_in_order
 from timm_faim.training.reporting.pictures import Pictures
 
@@ -73,7 +72,7 @@ def open_model(checkpoint: str) -> tuple[nn.Module, FAIMHead]:
                         "training, or hf-hub:ORG/NAME")
     try:
         model = timm.create_model(name, pretrained=True).eval()
-    except (ValueError, TypeError, RuntimeError, OSError, AssertionError, SafetensorError) as e:
+    except MODEL_ERRORS as e:
         raise UserError(f"cannot open --checkpoint {checkpoint}: {' '.join(str(e).split())}. Name the run folder of a "
                         "training, hf-hub:ORG/NAME, or a timm model that has weights") from e
     heads = faim_heads(model)

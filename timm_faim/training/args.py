@@ -67,6 +67,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     in_line = any(word.split("=")[0] == "--head-refit" for word in argv)
     if args.head_refit == -1 or not in_line and _without_refit(args):
         args.head_refit = None  # that of a recipe gives way to what it does not go with
+    if line.epochs != parser.get_default("epochs") and line.warmup_epochs is None and not args.warmup_prefix \
+            and (args.warmup_epochs or 0) >= args.epochs:
+        args.warmup_epochs = None  # that of a recipe gives way to a shorter run
     _complete(args)
     _check_values(args)
     _check_combinations(args)
@@ -235,10 +238,13 @@ def _evaluator(args: argparse.Namespace) -> type[ClassificationEvaluator]:
 
 def _check_values(args: argparse.Namespace) -> None:
     """Each value by itself."""
-    for key in ("scale", "ratio"):
-        low, high = getattr(args, key)
-        if low > high:
-            raise UserError(f"--{key} takes MIN <= MAX, got {low:g} {high:g}")
+    for key in ("scale", "ratio", "lr_noise", "decay_milestones"):
+        values = getattr(args, key) or []
+        if list(values) != sorted(values):
+            raise UserError(f"{_flag(key)} takes numbers in rising order, got {_join(values)}")
+    if args.affine and (max(args.affine[1:3]) > 1 or args.affine[2] == 1 or args.affine[3] >= 90):
+        raise UserError("--affine takes DEG in 0..180, TRANSLATE in 0..1, SCALE below 1 and SHEAR below 90, got "
+                        f"{_join(args.affine)}")
     if args.aug_splits == 1:
         raise UserError(f"--aug-splits must be 0 or at least 2, got {args.aug_splits}")
     if args.cutmix_minmax and not (len(args.cutmix_minmax) == 2 and args.cutmix_minmax[0] < args.cutmix_minmax[1]):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
@@ -27,6 +28,9 @@ class RankError(UserError):
     """A `UserError` that one process alone may have met, so that one reports it whatever its rank."""
 
 
+# The ways in which timm, torch and safetensors say that a name, its arguments or its weights do not do.
+MODEL_ERRORS = (ValueError, TypeError, RuntimeError, OSError, AssertionError, LookupError, AttributeError, EOFError,
+                RecursionError, UnpicklingError, SafetensorError)
 LOST_PROCESS = ("another process of this run has ended; its own message says why. Without one it was killed, most "
                 "often for want of memory. What was saved is kept; go on with --resume auto")
 _LOST = ("onnection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "failed to recv",

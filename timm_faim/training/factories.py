@@ -7,7 +7,6 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
@@ -18,7 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_faim import faim_heads, fit_heads
 from timm_faim.models import may_be_converted
 from timm_faim.training.args import loss_name
-from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.training.errors import MODEL_ERRORS, UserError, did_you_mean
 from timm_faim.training.tasks import build_criterion, build_mixup, build_task
 
 __all__ = ["build_criterion", "build_data_config", "build_mixup", "build_model", "build_optimizer", "build_scheduler",
@@ -67,7 +66,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **given)
         if args.initial_checkpoint:
             load_checkpoint(model, args.initial_checkpoint)
-    except (ValueError, TypeError, RuntimeError, OSError, AssertionError, SafetensorError) as e:
+    except MODEL_ERRORS as e:
         reason = " ".join(str(e).split())
         for option, key in ARGUMENTS.items():
             if f"unexpected keyword argument '{key}'" in reason:
@@ -207,6 +206,23 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     """
     updates = -(-batches // args.grad_accum_steps)
     try:
-        return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
-    except (ValueError, AssertionError) as e:
-        raise UserError(f"--sched {args.sched}: {' '.join(str(e).split())}") from e
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+        if scheduler is not None and args.sched != "plateau":
+            _check_rates(scheduler, epochs, updates)
+    except (ValueError, AssertionError, ArithmeticError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"--sched {args.sched}: {reason}. Check the options of the schedule (--lr-..., --decay-..., "
+                        "--cooldown-epochs)") from e
+    return scheduler, epochs
+
+
+def _check_rates(scheduler: Any, epochs: int, updates: int) -> None:
+    """Ask a schedule for the rates of every epoch, as a run will.
+
+    Raises:
+        ValueError, ArithmeticError: it has none there, or one that is no rate.
+    """
+    for epoch in range(epochs + 1):
+        rates = scheduler._get_values(epoch * (1 if scheduler.t_in_epochs else updates), on_epoch=True) or []
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise ValueError(f"the learning rate of epoch {epoch + 1} would be {rates[0]:g}")

@@ -308,21 +308,21 @@ def _schedule(parser: Parser) -> None:
     add("--warmup-epochs", type=whole(0), metavar="N", help="epochs of warm-up (default: 5, half of a shorter run)")
     add("--warmup-prefix", action=_Flag, default=False, help="do not count the warm-up in --epochs")
     add("--cooldown-epochs", type=whole(0), default=0, help="epochs at the lowest rate after the schedule")
-    add("--decay-epochs", type=above(0, MANY), default=90,
+    add("--decay-epochs", type=real(0.001, MANY), default=90,
         help="interval of step decay, length of the decay of wsd and rsqrt")
     add("--decay-milestones", type=whole(0), nargs="+", default=[90, 180, 270], help="epochs of multistep decay")
     add("--decay-rate", "--dr", type=above(0, 100), default=0.1, help="decay rate")
     add("--patience-epochs", type=whole(0), default=10, help="patience of plateau")
     add("--lr-noise", type=SHARE, nargs="*", metavar="F", help="noise on the rate from, or between, shares of the run")
-    add("--lr-noise-pct", type=SHARE, default=0.67, metavar="F", help="limit of the noise")
+    add("--lr-noise-pct", type=real(0.01, 1), default=0.67, metavar="F", help="limit of the noise")
     add("--lr-noise-std", type=real(0, 100), default=1.0, metavar="S", help="standard deviation of the noise")
-    add("--lr-cycle-mul", type=above(0, 10_000), default=1.0, metavar="F",
+    add("--lr-cycle-mul", type=real(0.01, 100), default=1.0, metavar="F",
         help="factor on the length of each next cycle")
     add("--lr-cycle-decay", type=SHARE, default=0.5, metavar="F", help="factor on the rate of each next cycle")
     add("--lr-cycle-limit", type=whole(1), default=1, metavar="N", help="number of cycles")
     add("--lr-k-decay", type=above(0, 100), default=1.0, metavar="K", help="k-decay of cosine and poly")
     add("--lr-decay-fn", choices=("linear", "1-sqrt", "cosine", "power", "exp"), help="decay of wsd and rsqrt")
-    add("--lr-stable-timescale", type=above(0, MANY), metavar="N",
+    add("--lr-stable-timescale", type=real(0.001, MANY), metavar="N",
         help="timescale of rsqrt in epochs (default: the warm-up)")
 
 

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from timm_faim import faim_heads
+from timm_faim.training.csv_file import write_csv
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import atomic_write
 
@@ -64,10 +65,7 @@ def cut_summary(path: Path, epoch: int) -> None:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
 def epoch_line(

@@ -2,7 +2,6 @@
 
 Accuracies and rates are in per cent.
 """
-import csv
 import json
 import math
 import platform
@@ -16,6 +15,7 @@ import torch
 from timm.data import ImageDataset
 
 import timm_faim
+from timm_faim.training.csv_file import write_csv
 from timm_faim.training.evaluation import Evaluation
 from timm_faim.training.files import atomic_write
 from timm_faim.training.reporting.names import class_name
@@ -63,10 +63,7 @@ def write_evaluation(
         "predictions.csv": _prediction_rows(evaluation, filenames),
     }
     for name, rows in tables.items():
-        # surrogateescape: a file name need not be valid UTF-8
-        with atomic_write(folder / name) as temporary, \
-                temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            csv.writer(stream, lineterminator="\n").writerows(rows)
+        write_csv(folder / name, rows)
     written = [folder / "eval.json", *(folder / name for name in tables)]
     for name, draw in (("confusion.png", draw_confusion), ("calibration.png", draw_calibration)):
         if draw(folder / name, evaluation, label_names):
