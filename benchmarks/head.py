@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_faim import FAIMHead
+from timm_faim.models.config import of_heads, resolve_faim_cfg
 
 
 class LiteralHead(FAIMHead):
@@ -32,8 +33,15 @@ class LiteralHead(FAIMHead):
         return -self.gamma() * self.metric.reference(x, self.mu)
 
 
+def floor(D: int, C: int) -> nn.Module:
+    """What the default head cannot go below: the frozen frame and a linear layer."""
+    return nn.Sequential(nn.Linear(D, D, bias=False).requires_grad_(False), nn.Linear(D, C))
+
+
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "Linear": nn.Linear,
+    "frozen Linear(D, D) + Linear": floor,
+    "FAIM default": partial(FAIMHead, **of_heads(resolve_faim_cfg({}))),
     "FAIM diagonal": FAIMHead,
     "FAIM diagonal, normalize": partial(FAIMHead, normalize=True),
     "FAIM full": partial(FAIMHead, full_sigma=True),
