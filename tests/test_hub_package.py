@@ -124,7 +124,7 @@ def test_a_plain_model_can_be_published_too(tmp_path):
 
 @pytest.mark.parametrize(("breakage", "message"), [
     ("no config", r"cannot read .*config.json.*Name the run folder"),
-    ("config", r"config.json: architecture must be str"),
+    ("config", r"config.json must be an object"),
     ("weights", r"cannot read the weights .*model.safetensors.*Only safetensors are published"),
     ("pickle", r"cannot read the weights .*model.safetensors"),
     ("other weights", r"does not open with timm"),

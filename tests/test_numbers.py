@@ -73,6 +73,13 @@ def test_values_of_a_recipe_are_no_flags(tmp_path, content):
         parse_args(["-c", str(path)])
 
 
+@pytest.mark.parametrize("word", ["-1e-3", "-inf", "-nan", "-.5", "-1e400"])
+def test_negative_numbers_are_values_in_any_notation(word):
+    with pytest.raises(UserError, match=rf"--lr must be a number in 0\.\.1000, got {word}"):
+        parse_args(["--data-dir", "d", "--lr", word])
+    assert parse_args(["--data-dir", "d", "--model", "resnet18", "--head-init-bias", "-1e-3"]).head_init_bias == -1e-3
+
+
 def test_negative_numbers_in_a_recipe_are_values(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"data_dir": "d", "head_init_bias": -2.5, "model_kwargs": {"depth": -1}}))

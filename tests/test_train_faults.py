@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from children import Launch, kill_tree, start_server
+from children import Launch, free_port, kill_tree, start_server
 from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 
@@ -83,6 +83,66 @@ def test_killed_at_any_moment_the_resumed_run_is_the_uninterrupted_one(whole_run
     assert launch.wait() == [0] * processes, launch.text()
     assert "resuming from" in launch.text()
     same_run(tmp_path / "run", expected)
+
+
+def accelerate_launch(argv, processes, log):
+    """`accelerate launch` of train_faim.py on the CPU, in the background."""
+    several = ["--multi_gpu", "--num_machines", "1", "--main_process_port", str(free_port())] if processes > 1 else []
+    words = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", processes,
+             "--mixed_precision", "no", "--dynamo_backend", "no", Path(__file__).parents[1] / "train_faim.py", *argv]
+    return subprocess.Popen(list(map(str, words)), stdout=log.open("a"), stderr=subprocess.STDOUT,
+                            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_killed_under_accelerate_launch_the_resumed_run_is_the_uninterrupted_one(whole_run, images, tmp_path):
+    expected, processes, _ = whole_run
+    moments, log, kills = random.Random(7), tmp_path / "log", 0
+    for _ in range(30):
+        log.write_text("")
+        launch = accelerate_launch(command(images, tmp_path), processes, log)
+        deadline = time.monotonic() + moments.uniform(4, 12)  # of which the imports take the first seconds
+        while launch.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if launch.poll() is None:
+            kills += 1
+            kill_tree(launch)
+        elif kills >= 5:
+            break
+        else:
+            shutil.rmtree(tmp_path / "run")
+    launch = accelerate_launch(command(images, tmp_path), processes, log)
+    assert launch.wait(timeout=300) == 0, log.read_text()
+    assert kills >= 5
+    same_run(tmp_path / "run", expected)
+    print(f"{kills} kills under accelerate launch, {processes} processes: bit-equal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "said"), [
+    ("flag", "option weight_decay has changed: "), ("images", "the training data had 18 images before and have 17 now"),
+    ("classes", "class 1 is 'dog', 'zebra' here and 'cat', 'dog' in the run"),
+    ("head", "was made with a head of margin="), ("model", "does not fit this run"),
+])
+def test_what_has_changed_on_resume_is_said_or_refused(tmp_path, change, said):
+    images = make_images(tmp_path / "images", train=6)
+    argv = command(images, tmp_path)
+    first = Launch([*argv, "--stop-epoch", "1"], tmp_path / "log", 1)
+    assert first.wait() == [0], first.text()
+    if change == "images":
+        (images / "train" / "cat" / "0.png").unlink()
+    elif change == "classes":
+        for split in ("train", "val"):
+            (images / split / "cat").rename(images / split / "zebra")
+    more = {"flag": ["--weight-decay", "0.3"], "model": ["--model", "faim_test_vit"], "head": []}.get(change, [])
+    if change == "head":  # as if this version had another default
+        config = tmp_path / "run" / "config.json"
+        config.write_text(config.read_text().replace('"margin": 0.2', '"margin": 0.35'))
+    second = Launch([*argv, *more], tmp_path / "log", 1)
+    status = second.wait()
+    assert said in second.text(), second.text()
+    assert (status == [0]) == (change in ("flag", "images")), second.text()
+    assert status == [0] or "Traceback" not in second.text()
 
 
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(whole_run, images, tmp_path):

@@ -50,7 +50,8 @@ def faim_run(images, tmp_path_factory):
 def test_run_folder_is_complete(faim_run):
     assert {p.name for p in faim_run.iterdir()} == {
         "args.yaml", "checkpoints", "config.json", "eval", "learning_curve.png", "last.safetensors",
-        "model.safetensors", "model_best.safetensors", "report", "report.html", "summary.csv", "top"}
+        "model.safetensors", "model_best.safetensors", "report", "report.html", "summary.csv", "top", ".lock",
+        ".finished"}
     assert (faim_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((faim_run / "checkpoints").iterdir())) == 2
     assert sorted(p.name for p in (faim_run / "top").iterdir()) == [f"epoch_000{n}.safetensors" for n in (1, 2, 3)]

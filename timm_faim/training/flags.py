@@ -37,7 +37,11 @@ def available_cores() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` instead of printing the whole usage before the message."""
+    """Raises `UserError` instead of printing the whole usage before the message; numbers are values however written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+).*?: (must be .*)", message, re.DOTALL):
