@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 
 from timm.utils import random_seed
@@ -61,6 +62,7 @@ def train_with(args: argparse.Namespace) -> None:
     accelerator = build_accelerator(args)
     world, is_main = accelerator.num_processes, accelerator.is_main_process
     log = print if is_main else lambda *_, **__: None
+    warnings.filterwarnings("once" if is_main else "ignore", message="This DataLoader will create")
     logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(name)s: %(message)s")
 
     # The same seed everywhere for the weights; augmentation and dropout draw from seeds of their own (sampling.py).

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -413,3 +414,12 @@ def test_refit_needs_whole_models(other):
     assert parse_args(other.split()).head_refit is None, "what the recipe asks for gives way"
     with pytest.raises(UserError, match=f"--head-refit does not go with {other.split()[0]}"):
         parse_args(f"--data-dir d --model faim_resnet18 --head-refit 1 {other}".split())
+
+
+def test_too_many_workers_are_said_once(tmp_path):
+    images = make_images(tmp_path / "images")
+    script = Path(__file__).parents[1] / "train_faim.py"
+    options = ["--data-dir", images, "--output", tmp_path, "--model", "faim_test_resnet", *TINY, "--workers", "8",
+               "--dry-run"]  # fmt: skip
+    got = subprocess.run([sys.executable, "-W", "always", script, *map(str, options)], capture_output=True, text=True)
+    assert got.returncode == 0 and got.stderr.count("This DataLoader will create 8 worker") <= 1, got.stderr
