@@ -75,7 +75,7 @@ def run(name: str, data: FrozenFeatures, seed: int, settings: dict[str, dict], a
         for head_name, head in (("faim closed form", whole.full), ("faim closed form, Σ = I", whole.eye)):
             add(head_name, head.eval()(x))
         plain = FAIMHead(x.shape[1], len(known), 0.0, full_sigma=True)
-        plain.metric.L.copy_(whole.full.metric.L)
+        plain.metric.L.copy_(whole.full.whiten)
         plain.mu.copy_(torch.zeros_like(plain.mu).index_add_(0, whole.y, whole.x) / whole.y.bincount()[:, None])
         add("faim closed form, not normalised", plain.eval()(x))
         similarity = F.normalize(x, dim=1) @ F.normalize(whole.x, dim=1).t()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_faim import FAIMHead, fit_
-from timm_faim.metric.frame import orthonormal_frame
 
 SHRINKAGE = 0.3
 BATCH = 128
@@ -70,8 +69,7 @@ class TrainingSet:
         D = x.shape[1]
         full = fit_(FAIMHead(D, num_classes, 0.0, full_sigma=True, **options), x, y, SHRINKAGE)
         eye = fit_(FAIMHead(D, num_classes, 0.0, **options), x, y, 1.0)
-        frame = orthonormal_frame(full.metric, torch.float32)
-        return cls(x, y, num_classes, mean_D, rms, full, eye, frame.whiten(x).detach())
+        return cls(x, y, num_classes, mean_D, rms, full, eye, (x @ full.whiten).detach())
 
     def inputs(self, method: str) -> Tensor:
         return self.frame_x if uses_frame(method) else self.x
@@ -79,7 +77,7 @@ class TrainingSet:
     def transform(self, method: str, x: Tensor) -> Tensor:
         """Other features [N, D] as :meth:`inputs` has them."""
         x = (x - self.mean_D) / self.rms
-        return orthonormal_frame(self.full.metric, x.dtype).whiten(x).detach() if uses_frame(method) else x
+        return (x @ self.full.whiten.to(x.dtype)).detach() if uses_frame(method) else x
 
     def head(self, method: str, **options: float) -> nn.Module:
         """A head of a method, started from this set."""
@@ -106,14 +104,13 @@ def uses_frame(method: str) -> bool:
 @torch.no_grad()
 def in_frame(head: FAIMHead, learn_one_form: bool, scale: float, margin: float, lmbda: float = 0.1) -> FAIMHead:
     """The indicatrix head of features in the orthonormal frame of ``head``, with Σ = I there; β learned or λ = 0."""
-    frame = orthonormal_frame(head.metric, torch.float32)
     D, C = head.in_features, head.num_classes
     options = dict(normalize=True, indicatrix=True, learn_metric=learn_one_form)
     moved = FAIMHead(D, C, lmbda if learn_one_form else 0.0, scale, margin=margin, **options)
-    moved.metric.log_sigma_diag.requires_grad_(False).zero_()
-    moved.metric.beta.copy_(frame.one_form_D)
-    moved.center.copy_(frame.whiten(head.center))
-    moved.mu.copy_(frame.whiten(head.mu))
+    moved.whiten.requires_grad_(False)
+    moved.metric.beta.copy_(head.metric.beta)
+    moved.center.copy_(head.center @ head.whiten)
+    moved.mu.copy_(head.mu)
     return moved
 
 
