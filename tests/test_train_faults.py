@@ -76,9 +76,9 @@ def test_killed_at_any_moment_the_resumed_run_is_the_uninterrupted_one(whole_run
         if "load it:" in launch.text():
             shutil.rmtree(tmp_path / "run")
         (tmp_path / "log").unlink(missing_ok=True)
-        if kills == count:
+        if kills >= count and resumed:  # on a busy machine the first kills may all come before a checkpoint
             break
-    assert kills == count and resumed
+    assert kills >= count and resumed
     launch = Launch(command(images, tmp_path), tmp_path / "log", processes)
     assert launch.wait() == [0] * processes, launch.text()
     assert "resuming from" in launch.text()
