@@ -213,19 +213,23 @@ def test_only_what_is_known_to_be_public_is_published():
         "faim_cfg": {"margin": 0.2, "recipe": "plain", "note": "/home/me/x"}, "dataset": "hfds//home/me/cars",
         "log_with": ["/home/me"], "project_name": "secret project", "data_dir": "cars", "class_map": "names.txt",
         "model_kwargs": {"file": "/srv/w.pth", "deep": {"path": ["C:\\Users\\me", "avg"]}, "img_size": 64},
-        "opt_kwargs": {"x": "~/w", "amsgrad": True}, "input_key": "../k", "kd_model_name": "local-dir:/home/me/run",
-        "pretrained_path": "w.pth", "train_split": "/data", "invented_later": "anything", "wandb_tags": ["me"],
+        "opt_kwargs": {"x": "~/w", "y": "secretdir/w", "amsgrad": True},
+        "input_key": "../k", "kd_model_name": "local-dir:/home/me/run",
+        "pretrained_path": "w.pth",
+        "kd_distill_type": "logit", "train_split": "/data", "invented_later": "anything", "wandb_tags": ["me"],
     }
     assert public_options(options) == {
         "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
         "faim_cfg": {"margin": 0.2, "recipe": "plain"},
         "model_kwargs": {"deep": {"path": ["avg"]}, "img_size": 64}, "opt_kwargs": {"amsgrad": True},
+        "kd_distill_type": "logit",
     }
 
 
 @pytest.mark.parametrize(("options", "name"), [
     ({"dataset": "hfds//home/me/cars"}, "cars"), ({"dataset": "hfds/org/cars"}, "cars"),
-    ({"dataset": "omniglot242"}, "omniglot242"), ({"data_dir": "/home/me/leaves/"}, "leaves"),
+    ({"dataset": "omniglot242"}, "omniglot242"), ({"dataset": "secretdir/cars"}, "cars"),
+    ({"data_dir": "/home/me/leaves/"}, "leaves"),
     ({"data_dir": "C:\\me\\leaves"}, "leaves"), ({}, "image folder"),
 ])
 def test_the_name_of_the_data_is_no_path(options, name):

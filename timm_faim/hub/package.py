@@ -39,7 +39,7 @@ FILES = (TIMM_NAME, CONFIG, CARD, ARGS, SUMMARY, EVALUATION, CURVE, PICTURE)  # 
 _PUBLIC_WORDS = ("model", "opt", "aa", "gp", "interpolation", "train_interpolation", "input_img_mode", "torchcompile",
                  "eval_metric", "kd_model_name", "train_split", "val_split", "dataset")
 _PUBLIC_GROUPS = ("faim_cfg", "opt_kwargs", "model_kwargs", "contrastive", "freeze")
-_WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*(?:/[\w.*-]+)?)?")  # a name, or ORG/NAME
+_WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*)?")  # a name; with a slash it may be a relative path
 _EVALUATED = ("metrics", "num_classes", "versions")  # of eval.json
 _ELSEWHERE = ("local-dir:", "file:")
 

@@ -8,6 +8,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from timm_faim.models.documents import read_yaml
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import check_writable, create_run_folder
 from timm_faim.training.flags import ONE_LAUNCH
@@ -109,8 +110,8 @@ def _checkpoint_of(resume: str) -> Path | None:
 def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options of a run folder that differ from those asked for: name to (before, now)."""
     try:
-        before = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        before = read_yaml(folder / "args.yaml")
+    except (OSError, ValueError):
         return {"args.yaml": (None, None)}
     if not isinstance(before, dict):
         return {"args.yaml": (None, None)}
