@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from accelerate.utils import broadcast_object_list
 from timm.utils import random_seed
 
 from timm_faim import faim_heads, hub
@@ -28,6 +29,7 @@ from timm_faim.training.data import build_fit_loader, build_loaders, open_datase
 from timm_faim.training.epochs import train_epochs
 from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_lost_process, report, resource_advice
 from timm_faim.training.features import cache_features, only_classifier
+from timm_faim.training.finished import REPORT, forget_done, push_to, record_done, work_left
 from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.folders import check_same_classes
 from timm_faim.training.freeze import apply_freeze
@@ -36,7 +38,7 @@ from timm_faim.training.lock import release_locks
 from timm_faim.training.loop import Training
 from timm_faim.training.plan import dry_run
 from timm_faim.training.refit import build_refit
-from timm_faim.training.resume import FINISHED, open_run_folder
+from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.stages import build_stages, split_groups, without_effect
 from timm_faim.training.state import Checkpointer
@@ -137,6 +139,8 @@ def train_with(args: argparse.Namespace) -> None:
         save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained)
     start_trackers(accelerator, args, run.run_folder, recipe)
     run.stop.install()
+    if is_main and run.progress.epoch < epochs:
+        forget_done(run.run_folder)
 
     log(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{data.num_classes} classes, {len(data.train)} training and {len(data.val or ())} validation images, "
@@ -145,19 +149,22 @@ def train_with(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     has_ended = train_epochs(run, val_batches, (train_loader, val_loader), epochs, log)
     seconds = time.perf_counter() - started
+    is_whole = has_ended and run.progress.epoch == epochs
+    left = broadcast_object_list([work_left(args, run.run_folder, epochs)])[0] if is_whole else []
     if has_ended:
         of_what = f"validation {args.eval_metric}" if val_loader is not None else "training loss"
         best = f"best {of_what} {run.progress.best:.2f}" if run.progress.best is not None else "not yet validated,"
         log(f"{best} after {seconds:.0f} s; weights in {run.run_folder / BEST}")
-        if args.report and run.progress.epoch == epochs:
+        if REPORT in left:
             reports.finish(run, data, val_loader, data_config, log)
         log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', "
             "pretrained=True)")
+    if is_main and is_whole:
+        record_done(run.run_folder, epochs, REPORT if REPORT in left else "")
     accelerator.end_training()
-    if is_main and has_ended and args.push_to_hub and run.progress.epoch == epochs:  # no process waits for this one
+    if is_main and (push := push_to(args.push_to_hub)) in left:  # no process waits for this one
         hub.publish_run(run.run_folder, args.push_to_hub, args.hub_license, args.hub_private, log)
-    if is_main and has_ended and run.progress.epoch == epochs:
-        (run.run_folder / FINISHED).touch()
+        record_done(run.run_folder, epochs, push)
 
 
 def main() -> None:

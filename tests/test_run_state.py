@@ -1,19 +1,27 @@
 """Who may write to a run folder, when a run is finished, and who is blamed for what has ended it."""
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from children import in_group
 from runs import TINY, make_images, train, train_tiny
 from test_train_loop import Batches, linear_model, random_batches, training
 
+import timm_faim
+from timm_faim import hub
 from timm_faim.training import reports
 from timm_faim.training.errors import RankError, UserError, is_lost_process, resource_advice
+from timm_faim.training.finished import FINISHED, record_done, work_left
 from timm_faim.training.lock import lock_run_folder, release_locks
 from timm_faim.training.loop import train_one_epoch
-from timm_faim.training.resume import FINISHED
+from timm_faim.training.refit import build_refit
 from timm_faim.training.state import Checkpointer, Progress
 
 HOLD = """import sys, time
@@ -22,6 +30,9 @@ from timm_faim.training.lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(600)"""
+HOLD_AND_FORK = HOLD.replace("import sys, time", "import os, sys, time").replace('print("locked", flush=True)', """
+if worker := os.fork():
+    print(worker, flush=True)""")
 
 
 @pytest.fixture
@@ -44,6 +55,23 @@ def test_another_run_in_the_same_folder_is_refused_until_it_is_gone(images, tmp_
         other.wait()
     train_tiny(images, tmp_path, "--resume", "auto")
     assert not mine.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_the_lock_dies_with_its_process_and_not_with_the_last_loader_worker(tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", HOLD_AND_FORK, tmp_path], stdout=subprocess.PIPE, text=True)
+    worker = int(owner.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=f"process {owner.pid}"):  # the fork has not given it back
+            lock_run_folder(tmp_path)
+        owner.kill()
+        owner.wait()
+        os.kill(worker, 0)  # still there
+        lock_run_folder(tmp_path)
+    finally:
+        owner.kill()
+        os.kill(worker, signal.SIGKILL)
+        release_locks()
 
 
 def test_what_killed_runs_left_half_written_is_cleared(tmp_path):
@@ -76,6 +104,78 @@ def test_a_run_is_finished_when_all_that_was_asked_is_done(images, tmp_path, mon
     assert list((tmp_path / "out").iterdir()) == [run]
     train(*options, "--resume", "auto", "--epochs", "2")
     assert "no unfinished run with these options" in capsys.readouterr().out
+
+
+def test_what_is_asked_for_later_is_all_that_a_finished_run_still_does(images, tmp_path, monkeypatch):
+    options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY,
+               "--resume", "auto"]
+    done = []
+    monkeypatch.setattr(reports, "finish", lambda *args: done.append("report"))
+    monkeypatch.setattr(hub, "check_target", lambda repo: None)
+    monkeypatch.setattr(hub, "publish_run", lambda folder, repo, *args: done.append(repo))
+    train(*options)
+    (run,) = (tmp_path / "out").iterdir()
+    rows = (run / "summary.csv").read_bytes()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between report and push
+        patch.setattr(hub, "publish_run", killed)
+        train(*options, "--report", "--push-to-hub", "a/b")
+    assert done == ["report"]
+    train(*options, "--report", "--push-to-hub", "a/b")
+    assert done == ["report", "a/b"]
+    train(*options, "--report", "--push-to-hub", "a/c")
+    assert done == ["report", "a/b", "a/c"]
+    assert list((tmp_path / "out").iterdir()) == [run] and (run / "summary.csv").read_bytes() == rows
+
+
+def test_a_run_that_trains_on_is_unfinished_again(images, tmp_path, monkeypatch):
+    options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY, "--report"]
+    done = []
+    monkeypatch.setattr(reports, "finish", lambda *args: done.append("report"))
+    train(*options, "--resume", "auto")
+    (run,) = (tmp_path / "out").iterdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reports, "finish", lambda *args: signal.raise_signal(signal.SIGINT))
+        train(*options, "--resume", run, "--epochs", "3")
+    assert done == ["report"]
+    train(*options, "--resume", "auto", "--epochs", "3")
+    assert done == ["report", "report"] and list((tmp_path / "out").iterdir()) == [run]
+    train(*options, "--resume", run, "--epochs", "3", "--start-epoch", "2")  # the last epoch once more: other weights
+    assert len(done) == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"epochs": 2}', '{"epochs": 2, "done": 3}', "\xff"])
+def test_a_damaged_record_says_that_nothing_is_done(tmp_path, content):
+    (tmp_path / FINISHED).write_bytes(content.encode("latin-1"))
+    args = SimpleNamespace(report=True, push_to_hub="a/b")
+    assert work_left(args, tmp_path, 2) == ["report", "push to a/b"]
+    record_done(tmp_path, 2, "report")
+    assert work_left(args, tmp_path, 2) == ["push to a/b"] and work_left(args, tmp_path, 3) != ["push to a/b"]
+
+
+def _refit_with_one_unreadable_image() -> None:
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    head = timm_faim.FAIMHead(4, 3, normalize=True, indicatrix=True)
+    model = torch.nn.Sequential(torch.nn.Identity(), head)
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    clean = random_batches(2, size=8)
+
+    def batches(epoch):
+        yield from random_batches(1, size=8, seed=epoch)
+        if accelerator.process_index == 1:
+            raise RankError("cannot read image x.png")
+    run = SimpleNamespace(evaluated=model, accelerator=accelerator, order=SimpleNamespace(batches=batches))
+    with pytest.raises(UserError, match=r"cannot read image x\.png \(process 1\)"):
+        build_refit(clean, 1, 3)(run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+    accelerator.wait_for_everyone()  # the processes are in step
+
+
+def test_an_image_that_one_process_cannot_read_ends_the_refit_of_all():
+    in_group(_refit_with_one_unreadable_image)
 
 
 def checkpointer(run, folder):

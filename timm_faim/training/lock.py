@@ -47,3 +47,7 @@ def release_locks() -> None:
     """Give back what this process has claimed."""
     while _held:
         _held.pop().close()
+
+
+if fcntl is not None:  # a forked loader worker has the open file too, and may live on for a while after its parent;
+    os.register_at_fork(after_in_child=release_locks)  # closing the worker's leaves the parent's lock as it is

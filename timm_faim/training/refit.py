@@ -3,8 +3,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 
+from timm_faim.training.errors import UserError
 from timm_faim.training.factories import fit_heads_to
 from timm_faim.training.loop import Training
 
@@ -16,16 +17,24 @@ def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], Non
         clean: loader of all training images once, unaugmented, in every process.
         views: augmented views of each image beside that.
         epochs: of the run; the views are drawn as those of the epochs that would follow.
+
+    Its `UserError` is raised on all processes alike, and leaves the heads as they are.
     """
     def refit(run: Training) -> None:
         fit_heads_to(extract_model_from_parallel(run.evaluated), batches(run), run.accelerator, "--head-refit")
 
     def batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # every process reads all of the clean images and its share of a view: weigh the two alike
-        for number, batch in enumerate(clean):
-            if number % run.accelerator.num_processes == run.accelerator.process_index:
-                yield batch
-        for view in range(views):
-            yield from run.order.batches(epochs + view)
+        problem = None
+        try:
+            # every process reads all of the clean images and its share of a view: weigh the two alike
+            for number, batch in enumerate(clean):
+                if number % run.accelerator.num_processes == run.accelerator.process_index:
+                    yield batch
+            for view in range(views):
+                yield from run.order.batches(epochs + view)
+        except UserError as error:  # an image that this process alone could not read; the others wait at the end
+            problem = f"{error} (process {run.accelerator.process_index})"
+        if problems := [found for found in gather_object([problem]) if found is not None]:
+            raise UserError(problems[0])
 
     return refit

@@ -11,11 +11,10 @@ from accelerate.utils import broadcast_object_list
 from timm_faim.models.documents import read_yaml
 from timm_faim.training.errors import UserError
 from timm_faim.training.files import check_writable, create_run_folder
+from timm_faim.training.finished import work_left
 from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.lock import lock_run_folder
 from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
-
-FINISHED = ".finished"  # in a run folder of which all is done: epochs, evaluation, report and push
 
 # Options that may differ between the parts of one run.
 _RUNTIME = {
@@ -91,7 +90,7 @@ def _choose_folder(
 
     runs = [path.parents[1] for path in Path(args.output).glob(f"*/{FOLDER}/checkpoint-*")]
     unfinished = [run for run in sorted(set(runs)) if not _changes(run, requested)
-                  and (epochs_done(run) < epochs or not (run / FINISHED).exists())]
+                  and (epochs_done(run) < epochs or work_left(args, run, epochs))]
     if len(unfinished) > 1:
         raise UserError(f"--resume auto finds {len(unfinished)} unfinished runs with these options in {args.output}: "
                         f"{', '.join(run.name for run in unfinished[:3])}. Choose one with --resume FOLDER, or give "

@@ -1,0 +1,41 @@
+"""What is done of a run after its last epoch, on record in its folder, so that a resumed run does only what is left."""
+import argparse
+import json
+from pathlib import Path
+
+from timm_faim.training.files import atomic_write
+
+FINISHED = ".finished"
+REPORT = "report"
+
+
+def push_to(repo: str) -> str:
+    """Name of the work of publishing to a repository."""
+    return f"push to {repo}"
+
+
+def work_left(args: argparse.Namespace, folder: Path, epochs: int) -> list[str]:
+    """What is asked for after `epochs` epochs and not done: REPORT, `push_to(...)`, in the order of doing."""
+    asked = ([REPORT] if args.report else []) + ([push_to(args.push_to_hub)] if args.push_to_hub else [])
+    done = _read(folder, epochs)
+    return [work for work in asked if work not in done]
+
+
+def record_done(folder: Path, epochs: int, work: str = "") -> None:
+    """Put on record that the run has its `epochs` epochs, and what else is done since."""
+    done = [*_read(folder, epochs), *([work] if work else [])]
+    with atomic_write(folder / FINISHED) as temporary:
+        temporary.write_text(json.dumps({"epochs": epochs, "done": done}) + "\n", encoding="utf-8")
+
+
+def forget_done(folder: Path) -> None:
+    """The run trains on: what was done is of other weights."""
+    (folder / FINISHED).unlink(missing_ok=True)
+
+
+def _read(folder: Path, epochs: int) -> list[str]:
+    try:
+        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        return list(record["done"]) if record["epochs"] == epochs else []
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not a record: then nothing is known to be done
+        return []
