@@ -201,6 +201,15 @@ def test_a_checkpoint_that_fails_is_blamed_on_its_cause(tmp_path, monkeypatch, e
     assert not_said not in str(caught.value)
 
 
+def test_a_worker_lost_during_a_checkpoint_is_not_the_checkpoints_fault(images, tmp_path, monkeypatch):
+    def killed(*args):
+        raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed.")
+    monkeypatch.setattr("accelerate.Accelerator.save_state", killed)
+    with pytest.raises(RankError, match=r"^loader worker 4711 was lost: killed, .*--resume auto$"):
+        train_tiny(images, tmp_path)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(("error", "said"), [
     (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed."), "loader worker 4711 was lost"),
     (RuntimeError("DataLoader worker (pid(s) 47, 11) exited unexpectedly"), "loader worker 47, 11 was lost"),

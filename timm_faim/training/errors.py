@@ -42,6 +42,12 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
+def lost_worker(error: BaseException) -> str | None:
+    """Process numbers of loader workers that are gone; torch raises it wherever the main process happens to be."""
+    found = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", str(error))
+    return found[1].strip() if found and isinstance(error, RuntimeError) else None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space."""
     full = (errno.ENOSPC, errno.EDQUOT)
@@ -68,9 +74,9 @@ def resource_advice(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        if lost := re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", str(e)):
+        if lost := lost_worker(e):
             raise RankError(
-                f"loader worker {lost[1].strip()} was lost: killed, most often for want of memory or of space in "
+                f"loader worker {lost} was lost: killed, most often for want of memory or of space in "
                 "/dev/shm. Try fewer --workers; what was saved is kept, go on with --resume auto") from e
         if "Expected more than 1 value per channel" in str(e):
             raise RankError(f"batch norm cannot train on one value: --batch-size {args.batch_size} is too small for "

@@ -26,7 +26,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3
 
 from timm_faim.training.checkpoint import whole_tensors
-from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process
+from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process, lost_worker
 from timm_faim.training.files import flush_to_disk, rename
 
 FOLDER, MANIFEST = "checkpoints", "manifest.json"
@@ -146,6 +146,9 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 self._publish(temporary, path, progress)
         except (OSError, RuntimeError, SafetensorError) as e:
+            if lost_worker(e):  # not the checkpoint's fault
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             if is_lost_process(e):
                 raise RankError(LOST_PROCESS) from e
             free = shutil.disk_usage(self.folder.parent).free / 2**20
