@@ -23,7 +23,7 @@ from timm.utils import random_seed
 from timm_faim import faim_heads, hub
 from timm_faim.training import factories, reports, tasks
 from timm_faim.training.args import as_recipe, parse_args
-from timm_faim.training.checkpoint import BEST, check_same_head, restore_best, save_config, saved_label_names
+from timm_faim.training.checkpoint import BEST, check_same_head, restore_best, save_config, saved_class_order
 from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
 from timm_faim.training.epochs import train_epochs
@@ -124,7 +124,7 @@ def train_with(args: argparse.Namespace) -> None:
                                     task.get_trainable_module(ema=True))
     if checkpoint is not None:
         check_same_head(model, run.run_folder, args.faim_cfg or ())
-        check_same_classes(data.label_names, saved_label_names(run.run_folder), f"the run in {run.run_folder}")
+        check_same_classes(data.class_order, saved_class_order(run.run_folder), f"the run in {run.run_folder}")
         run.progress = run.checkpointer.load(checkpoint, len(order), with_optimizer=not args.no_resume_opt)
         log(f"  at epoch {run.progress.epoch + 1}, batch {run.progress.step + 1} of {len(order)}")
     if args.start_epoch is not None:
@@ -136,7 +136,8 @@ def train_with(args: argparse.Namespace) -> None:
     recipe = {key: value for key, value in requested.items() if key not in ONE_LAUNCH} | {"lr": args.lr}
     if is_main:
         save_recipe(recipe, run.run_folder / "args.yaml")
-        save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained)
+        save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained,
+                    data.class_order)
     start_trackers(accelerator, args, run.run_folder, recipe)
     run.stop.install()
     if is_main and run.progress.epoch < epochs:

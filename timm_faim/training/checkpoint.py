@@ -19,7 +19,7 @@ TOP = "top"  # folder of the best epochs' weights
 
 def save_config(
         model: torch.nn.Module, path: Path, data_config: dict[str, Any], label_names: list[str] | None,
-        pretrained: bool,
+        pretrained: bool, class_order: list[str] | None = None,
 ) -> None:
     """Write config.json: architecture, arguments, preprocessing and labels.
 
@@ -29,11 +29,14 @@ def save_config(
         data_config: preprocessing that the model was trained with.
         label_names: class names in the order of their indices.
         pretrained: whether training began from published weights, whose tag and licence then stay on record.
+        class_order: class names of the data, for a model that has more classes and so no `label_names`.
     """
     with atomic_write(path) as temporary:
         model_config = {"label_names": label_names} if label_names else {}
         save_config_for_hf(model, str(temporary), model_config=model_config, data_config=data_config)
         config = json.loads(temporary.read_text(encoding="utf-8"))
+        if class_order and not label_names:
+            config["class_order"] = class_order
         # transformers' timm wrapper passes the number of classes itself and fails on a second one.
         config.get("model_args", {}).pop("num_classes", None)
         if not pretrained:
@@ -84,9 +87,10 @@ def keep_best_epochs(
     return kept
 
 
-def saved_label_names(folder: Path) -> list[str] | None:
-    """The class names in a run folder's config.json; None where there are none."""
-    names = _saved_config(folder).get("label_names")
+def saved_class_order(folder: Path) -> list[str] | None:
+    """The class names of the data in a run folder's config.json; None where there are none."""
+    config = _saved_config(folder)
+    names = config.get("label_names") or config.get("class_order")
     return names if isinstance(names, list) else None
 
 

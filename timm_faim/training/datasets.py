@@ -103,7 +103,8 @@ class TrainingData:
     train: Dataset
     val: Dataset | None
     num_classes: int
-    label_names: list[str] | None  # in the order of the class indices
+    label_names: list[str] | None  # in the order of the class indices, where every class of the model has one
+    class_order: list[str] | None  # those of the data, in the same order; with --num-classes there may be fewer
 
 
 def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
@@ -146,7 +147,7 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     order = None if classes is None else [str(name) for name in sorted(classes, key=classes.get)]
     for process, others in enumerate(gather_object([order])):  # a collective call; the list alone without others
         check_same_classes(order, others, f"process {process}")
-    return TrainingData(train, val, num_classes, names)
+    return TrainingData(train, val, num_classes, names, order)
 
 
 def set_targets(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:

@@ -35,7 +35,8 @@ def put_in_order(reader: Any, has_class_map: bool) -> None:
         UserError: nothing but hidden images.
     """
     if isinstance(reader, ReaderImageFolder):
-        shown = [(path, target) for path, target in reader.samples if not _is_hidden(path, reader.root)]
+        shown = [sample for sample, place in zip(reader.samples, _places(reader), strict=True)
+                 if not _is_hidden(place)]
         if not shown:
             raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
         classes = {} if has_class_map else _renumbered(reader.class_to_idx, {target for _, target in shown})
@@ -44,12 +45,17 @@ def put_in_order(reader: Any, has_class_map: bool) -> None:
         if not has_class_map:
             reader.class_to_idx = {name: classes[k] for name, k in reader.class_to_idx.items() if k in classes}
     elif isinstance(reader, ReaderImageInTar):
-        order = sorted(range(len(reader.samples)), key=lambda i: total_order(reader.samples[i][0].path))
+        places = _places(reader)
+        order = sorted((i for i, place in enumerate(places) if not _is_hidden(place)),
+                       key=lambda i: total_order(reader.samples[i][0].path))
+        if not order:
+            raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
         reader.samples, reader.targets = reader.samples[order], reader.targets[order]
         if not has_class_map:
             classes = _renumbered(reader.class_name_to_idx, set(reader.targets.tolist()))
             reader.targets = np.array([classes[k] for k in reader.targets.tolist()])
-            reader.class_name_to_idx = {name: classes[k] for name, k in reader.class_name_to_idx.items()}
+            reader.class_name_to_idx = {name: classes[k] for name, k in reader.class_name_to_idx.items()
+                                        if k in classes}
             reader.class_idx_to_name = {k: name for name, k in reader.class_name_to_idx.items()}
 
 
@@ -59,13 +65,11 @@ def check_no_strays(reader: Any, split: str) -> None:
     Raises:
         UserError: names one of them.
     """
-    if not isinstance(reader, ReaderImageFolder):
-        return
-    stray = [path for path, _ in reader.samples if os.path.dirname(path).rstrip(os.sep) == reader.root.rstrip(os.sep)]
+    stray = [place for place in _places(reader) if len(place.parts) == 1]
     if stray:
         all_of_them = "" if len(stray) < len(reader.samples) else ", and there are no class folders"
         raise UserError(f"{len(stray)} images of the {split} data lie directly in {reader.root} "
-                        f"({os.path.basename(stray[0])}){all_of_them}. Put each class into a folder of its own")
+                        f"({stray[0]}){all_of_them}. Put each class into a folder of its own")
 
 
 def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> None:
@@ -75,22 +79,21 @@ def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> No
     Args:
         reader: timm's.
         split: what the data are called.
-        allow_distinct: deeper folders are fine as long as no two have the same name.
+        allow_distinct: deeper folders are fine as long as no two have the same name; in tar files they always are,
+            which often hold one folder around all others.
 
     Raises:
         UserError: names the folders.
     """
-    if not isinstance(reader, ReaderImageFolder):
-        return
-    folders = {os.path.relpath(os.path.dirname(path), reader.root) for path, _ in reader.samples}
-    counts = Counter(PurePath(folder).name for folder in folders)
-    shared = sorted(folder for folder in folders if counts[PurePath(folder).name] > 1)
-    nested = sorted(folder for folder in folders if len(PurePath(folder).parts) > 1)
+    folders = {place.parent for place in _places(reader)}
+    counts = Counter(folder.name for folder in folders)
+    shared = sorted(str(folder) for folder in folders if counts[folder.name] > 1)
+    nested = sorted(str(folder) for folder in folders if len(folder.parts) > 1)
     if shared:
         raise UserError(f"the {split} data in {reader.root} have folders of the same name in different places "
                         f"({_few(shared)}), and the innermost folder is the class: they would be one. Give each class "
                         "one folder of its own name")
-    if nested and not allow_distinct:
+    if nested and not allow_distinct and isinstance(reader, ReaderImageFolder):
         raise UserError(f"the {split} data in {reader.root} have folders within folders ({_few(nested)}); the "
                         "innermost would be the class. Make one folder a class, or list the innermost ones with "
                         "--class-map")
@@ -103,8 +106,20 @@ def _renumbered(classes: dict[str, int], used: Iterable[int]) -> dict[int, int]:
     return {classes[name]: number for number, name in enumerate(names)}
 
 
-def _is_hidden(path: str, root: str) -> bool:
-    return any(part.startswith(HIDDEN) for part in PurePath(os.path.relpath(path, root)).parts)
+def _places(reader: Any) -> list[PurePath]:
+    """Where each image lies below the folder or in the tar file; the name of a tar file in that one stands for the
+    folder of the images right in it. Nothing for readers of other kinds."""
+    if isinstance(reader, ReaderImageFolder):
+        return [PurePath(os.path.relpath(path, reader.root)) for path, _ in reader.samples]
+    places = []
+    for image, _, inner in reader.samples if isinstance(reader, ReaderImageInTar) else ():
+        is_named_by_tar = inner is not None and "/" not in image.path  # of ./x.png timm makes the class "."
+        places.append(PurePath(PurePath(inner.name).stem if is_named_by_tar else "", image.path))
+    return places
+
+
+def _is_hidden(place: PurePath) -> bool:
+    return any(part.startswith(HIDDEN) for part in place.parts)
 
 
 def _few(names: list[str]) -> str:

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from timm.task import MultiLabelClassificationEvaluator
 from torch.utils.data import IterableDataset
 
-from timm_faim.training.checkpoint import BEST
+from timm_faim.training.checkpoint import BEST, saved_class_order
 from timm_faim.training.data import TrainingData, build_fit_loader
 from timm_faim.training.errors import UserError
 from timm_faim.training.evaluation import collect
 from timm_faim.training.files import atomic_write, create_run_folder
+from timm_faim.training.folders import check_same_classes
 from timm_faim.training.loop import Training, evaluate
 from timm_faim.training.reporting.page import write_report
 from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
@@ -46,10 +47,10 @@ def evaluate_only(
                         "the class folders of the training, or its classes in order with --class-map; where the model "
                         f"was trained with more classes than folders, --num-classes {model.num_classes}")
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if names and data.label_names and list(names) != list(data.label_names):
-        differ = sorted(set(names) ^ set(data.label_names))[:3] or ["the order"]
-        raise UserError(f"the classes of the validation data are not those of the model (different: "
-                        f"{', '.join(differ)}). Give them in the model's order with --class-map")
+    if not names and args.model.startswith("local-dir:"):
+        names = saved_class_order(Path(args.model.removeprefix("local-dir:")))
+    if names and data.class_order:  # the first classes alone do: --num-classes says how many the model has
+        check_same_classes(data.class_order, list(names)[:len(data.class_order)], "the model")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     folder = None
     if accelerator.is_main_process:
