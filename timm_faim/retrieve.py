@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from timm_faim import FAIMHead
 from timm_faim.retrieval import Ranking, clustering_nmi, distances_of, rank
 from timm_faim.retrieval.images import Images, open_folder, open_model, read_images
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
-from timm_faim.training.errors import UserError
+from timm_faim.training.errors import UserError, few
 from timm_faim.training.files import atomic_write, check_writable
 from timm_faim.training.flags import Parser, available_cores
 from timm_faim.training.numbers import whole
@@ -169,14 +169,14 @@ def _refuse(args: argparse.Namespace, query: list[str], gallery: list[str]) -> N
         raise UserError(f"none of the images of {args.queries if gallery else args.gallery} can be read. Check the "
                         "files")
     if len(known) < 2:
-        raise UserError(f"DIR {args.gallery} has one class ({_few(known)}), where every neighbour is right. Give a "
-                        "folder with one folder of images per class, at least two")
+        raise UserError(f"DIR {args.gallery} has one class ({few(sorted(known))}), where every neighbour is right. "
+                        "Give a folder with one folder of images per class, at least two")
     if not any(_positives(query, gallery, leaves_one_out)):
         if leaves_one_out:
             raise UserError(f"every class of DIR {args.gallery} has a single image, so that no query has another one "
                             "of its class. Add images, or give the queries with --queries")
         raise UserError(f"--queries {args.queries} and DIR {args.gallery} have no class in common (queries: "
-                        f"{_few(set(query))}; gallery: {_few(known)}). Name the class folders alike")
+                        f"{few(sorted(set(query)))}; gallery: {few(sorted(known))}). Name the class folders alike")
     if max(args.recall_at) > others:
         raise UserError(f"Recall@{max(args.recall_at)} needs as many gallery images for a query, and there are "
                         f"{others}. Give smaller numbers with --recall-at, or more images")
@@ -202,7 +202,7 @@ def _say_what_is_compared(task: Task) -> int:
     if alone:
         why = "with a single image" if task.leaves_one_out else "that the gallery lacks"
         print(f"{len(alone)} queries have no positives and are left out of Recall and mAP@R: those of "
-              f"{len(set(alone))} classes {why} ({_few(set(alone))})")
+              f"{len(set(alone))} classes {why} ({few(sorted(set(alone)))})")
     return len(alone)
 
 
@@ -249,11 +249,6 @@ def _output_folder(args: argparse.Namespace) -> Path:
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror}. Choose another --output") from e
     return check_writable(folder)
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def main() -> None:

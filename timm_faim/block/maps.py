@@ -20,7 +20,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from timm_faim.metric import FAIMMetric
+from timm_faim.metric import FAIMMetric, without_autocast
 from timm_faim.metric.frame import Frame, orthonormal_frame
 
 
@@ -89,10 +89,11 @@ def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int, frame: Opti
     if dim not in (-1, x.dim() - 1):
         p = p if p.dim() == 1 else p.movedim(dim, -1)
         return _apply(map_, x.movedim(dim, -1), p, metric, -1, frame).movedim(-1, dim)
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return _apply(map_, x, p, metric, dim, frame)
+    return without_autocast(_apply_last, x, p, map_, metric, frame)
+
+
+def _apply_last(x: Tensor, p: Tensor, map_, metric: FAIMMetric, frame: Optional[Frame]) -> Tensor:
+    """Features at the last dimension, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     if frame is None or frame.one_form_D.dtype != dtype:
         frame = orthonormal_frame(metric, dtype)

@@ -91,16 +91,17 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     spread_CD = (means_CD - mean_D) * (stats.counts_C / n).sqrt()[:, None]  # spread'spread = B
     degrees = (n - seen_C.sum()).clamp_min(1)
     total_D = stats.second.diagonal() if stats.second.dim() == 2 else stats.second
-    if not (total_D / n - mean_D.square()).sum() > 1e-12 * (total_D / n).sum():
+    variances_D = total_D / n - mean_D.square()
+    if not variances_D.sum() > 1e-12 * (total_D / n).sum():
         raise ValueError("all features are equal; there is nothing to fit (is the backbone collapsed?)")
 
-    variance = (total_D / n - mean_D.square()).clamp_min(0.0).mean()
+    variance = variances_D.clamp_min(0.0).mean()
     if stats.second.dim() == 2:
         within = (stats.second - (stats.sums_CD.t() @ means_CD)) / degrees
         pairs = (stats.second / n - torch.outer(mean_D, mean_D)) + spread_CD.t() @ spread_CD
     else:
         within = ((stats.second - (stats.sums_CD * means_CD).sum(0)) / degrees).clamp_min(0.0)
-        pairs = (stats.second / n - mean_D.square()) + spread_CD.square().sum(0)
+        pairs = variances_D + spread_CD.square().sum(0)
     sigma = _precision(within, shrinkage, 1e-12 * variance)
     if head.whiten is None:
         _set_metric(head.metric, sigma / (sigma * pairs).sum(), spread_CD, pairs)

@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric, absolute, checked_count, checked_number, unit_vectors
+from timm_faim.metric import FAIMMetric, absolute, checked_count, checked_number, unit_vectors, without_autocast
 
 _INITS = ("scaled", "seed")
 _SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
@@ -145,8 +145,8 @@ class FAIMHead(nn.Module):
             self.metric.reset_to_unit_distance(2.0 if self.normalize else 2.0 * D)
 
     def _reset_frame(self) -> None:
-        if self.whiten is not None:  # with the ridge, Σ of the frame is the identity
-            nn.init.constant_(self.metric.log_sigma_diag, math.log1p(-min(self.metric.eps, 0.5)))
+        if self.whiten is not None:
+            nn.init.constant_(self.metric.log_sigma_diag, _log_of_identity(self.metric.eps))
 
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (normalised: for any)."""
@@ -169,10 +169,7 @@ class FAIMHead(nn.Module):
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
         """
         if not torch.jit.is_scripting():
-            device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return self._forward(x, target)
+            return without_autocast(self._forward, x, target)
         return self._forward(x, target)
 
     def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:
@@ -204,10 +201,7 @@ class FAIMHead(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Features as the metric sees them: x, or in at least float32 x / |x|, or z / F(z) in the frame of Σ."""
         if not torch.jit.is_scripting():
-            device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return self._embed(x)
+            return without_autocast(self._embed, x)
         return self._embed(x)
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -278,6 +272,11 @@ class FAIMHead(nn.Module):
         )
 
 
+def _log_of_identity(eps: float) -> float:
+    """log_sigma_diag with which Σ = exp(log_sigma_diag) + ε is the identity (for ε up to 1/2)."""
+    return math.log1p(-min(eps, 0.5))
+
+
 def _enter_frame(state_dict: dict[str, Tensor], prefix: str, eps: float) -> None:
     """Put the state of a head on the indicatrix whose prototypes were in feature space into its Σ's frame, in place."""
     names = ("center", "mu", "metric.beta", "metric.L", "metric.log_sigma_diag")
@@ -294,7 +293,7 @@ def _enter_frame(state_dict: dict[str, Tensor], prefix: str, eps: float) -> None
     else:
         whiten = (log_sigma.double().exp() + eps).sqrt()
         mu_CD, beta_D = mu_CD.double() * whiten, beta_D.double() / whiten
-    identity = torch.full_like(beta_D, math.log1p(-min(eps, 0.5)))
+    identity = torch.full_like(beta_D, _log_of_identity(eps))
     entered = {"whiten": whiten, "mu": mu_CD, "metric.beta": beta_D, "metric.log_sigma_diag": identity}
     state_dict.update((prefix + name, value.to(dtype)) for name, value in entered.items())
 

@@ -3,5 +3,14 @@
 from .checks import checked_count, checked_number
 from .functional import unit_vectors
 from .module import FAIMMetric, absolute, faim_distance
+from .precision import without_autocast
 
-__all__ = ["FAIMMetric", "absolute", "checked_count", "checked_number", "faim_distance", "unit_vectors"]
+__all__ = [
+    "FAIMMetric",
+    "absolute",
+    "checked_count",
+    "checked_number",
+    "faim_distance",
+    "unit_vectors",
+    "without_autocast",
+]

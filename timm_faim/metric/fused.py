@@ -15,13 +15,14 @@ more than the arithmetic on it.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .functional import gemm_distance, has_direction, inverse_norms
+from .precision import without_autocast
 from .triangular import tri_matmul, tri_matmul_t, tri_outer
 
 
@@ -49,11 +50,7 @@ def _without_autocast(backward: Callable) -> Callable:
 
     @wraps(backward)
     def run(ctx, G_BC):
-        device_type = G_BC.device.type
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return backward(ctx, G_BC)
-        with torch.autocast(device_type, enabled=False):
-            return backward(ctx, G_BC)
+        return without_autocast(partial(backward, ctx), G_BC)
 
     return run
 

@@ -16,6 +16,7 @@ from torch.jit import Final
 from .checks import checked_count, checked_number
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
+from .precision import without_autocast
 
 
 class FAIMMetric(nn.Module):
@@ -119,10 +120,7 @@ class FAIMMetric(nn.Module):
         if y.dim() != 2 or y.shape[-1] != self.in_features:
             raise ValueError(f"expected points y [C, {self.in_features}], got shape {list(y.shape)}")
         if not torch.jit.is_scripting():
-            device_type = x.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return self._scaled_distance(x, y, scale, unit)
+            return without_autocast(self._scaled_distance, x, y, scale, unit)
         return self._scaled_distance(x, y, scale, unit)
 
     def norm(self, v: Tensor) -> Tensor:
@@ -130,10 +128,7 @@ class FAIMMetric(nn.Module):
         if v.shape[-1] != self.in_features:
             raise ValueError(f"expected vectors [..., {self.in_features}], got shape {list(v.shape)}")
         if not torch.jit.is_scripting():
-            device_type = v.device.type
-            if device_type != "meta" and torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return self._norm(v)
+            return without_autocast(self._norm, v)
         return self._norm(v)
 
     def _norm(self, v: Tensor) -> Tensor:

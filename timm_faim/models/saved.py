@@ -98,8 +98,8 @@ def _check_count(name: str, key: str, value: Any, least: int) -> None:
 
 def _check_plain(name: str, key: str, value: Any, depth: int = 0) -> None:
     """Numbers, short texts and shallow lists: the arguments of timm's models are nothing else."""
-    if isinstance(value, (int, float)) and not abs(value) <= (_DEEPEST_MODEL if _COUNTS.search(key) else _LARGEST):
-        most = _DEEPEST_MODEL if _COUNTS.search(key) else _LARGEST
+    most = _DEEPEST_MODEL if _COUNTS.search(key) else _LARGEST
+    if isinstance(value, (int, float)) and not abs(value) <= most:
         raise ValueError(f"{name}: {key} must not exceed {most}, got {value}")
     if isinstance(value, (str, list, tuple, dict)) and (len(value) > _LONGEST or depth > _DEEPEST):
         raise ValueError(f"{name}: {key} is too long or too deep to be an option of a model")

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from timm_faim.data import OMNIGLOT242, omniglot242_root
 from timm_faim.training.args import dataset_type
-from timm_faim.training.errors import RankError, UserError, did_you_mean
+from timm_faim.training.errors import RankError, UserError, did_you_mean, few
 from timm_faim.training.folders import HIDDEN, check_no_strays, check_one_level, check_same_classes, put_in_order
 from timm_faim.training.pixels import read_image
 
@@ -132,7 +132,7 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     if classes and val_classes and classes != val_classes:
         differ = sorted(str(name) for name in classes.keys() ^ val_classes.keys()) or ["the order of the classes"]
         raise UserError(f"training and validation data have different classes ({len(classes)} and {len(val_classes)}; "
-                        f"in one of them only: {_few(differ)}). "
+                        f"in one of them only: {few(differ)}). "
                         "Give both the same class folders, or list the classes in a file with --class-map")
     highest = max(classes.values()) if classes else None
     if args.num_classes is None and highest is None:
@@ -265,13 +265,13 @@ def _check_no_empty_class(args: argparse.Namespace, dataset: Dataset | None) -> 
             if not children and folder not in used and folder != reader.root and listed:
                 empty.append(os.path.relpath(folder, reader.root))
         if empty:
-            raise UserError(f"{len(empty)} class folders of {reader.root} hold no images: {_few(sorted(empty))}. "
+            raise UserError(f"{len(empty)} class folders of {reader.root} hold no images: {few(sorted(empty))}. "
                             "Fill or remove them")
     if getattr(dataset, "is_training", False) and isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
         targets = set(targets_of(dataset))
         without = [str(name) for name, index in _class_to_idx(dataset).items() if index not in targets]
         if without:
-            raise UserError(f"{len(without)} classes have no training image: {_few(without)}. "
+            raise UserError(f"{len(without)} classes have no training image: {few(without)}. "
                             "Take them out of --class-map or add images")
 
 
@@ -299,7 +299,3 @@ def _label_names(classes: dict[str, int] | None, num_classes: int | None) -> lis
     if not classes or sorted(classes.values()) != list(range(count)):
         return None
     return [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,14 +50,23 @@ def lost_worker(error: BaseException) -> str | None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
+    return _is_of(error, errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_of(error: BaseException, *numbers: int) -> bool:
+    """Whether an error has one of these numbers, or the words of one: libraries below wrap the system's errors."""
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """A phrase with the nearest known names, or an empty string when nothing comes near."""
     nearest = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def report(error: UserError) -> None:
@@ -89,7 +98,7 @@ def resource_advice(args: argparse.Namespace) -> Iterator[None]:
             "the same number of images an update, or --grad-checkpointing, --amp --amp-dtype bfloat16, or a smaller "
             "--img-size") from e
     except (OSError, SafetensorError) as e:
-        if not any(os.strerror(number) in str(e) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+        if not _is_of(e, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         output = Path(args.output)
         free = shutil.disk_usage(output if output.exists() else ".").free / 2**20

@@ -3,6 +3,7 @@ import argparse
 import json
 from pathlib import Path
 
+from timm_faim.models.documents import read_json
 from timm_faim.training.files import atomic_write
 
 FINISHED = ".finished"
@@ -35,7 +36,7 @@ def forget_done(folder: Path) -> None:
 
 def _read(folder: Path, epochs: int) -> list[str]:
     try:
-        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        record = read_json(folder / FINISHED)
         return list(record["done"]) if record["epochs"] == epochs else []
     except (OSError, ValueError, KeyError, TypeError):  # none, or not a record: then nothing is known to be done
         return []

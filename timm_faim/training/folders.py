@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from timm_faim.training.errors import UserError
+from timm_faim.training.errors import UserError, few
 
 HIDDEN = (".", "__MACOSX", "__pycache__")  # beginnings of names that no person gives a class or an image
 
@@ -34,29 +34,25 @@ def put_in_order(reader: Any, has_class_map: bool) -> None:
     Raises:
         UserError: nothing but hidden images.
     """
-    if isinstance(reader, ReaderImageFolder):
-        shown = [sample for sample, place in zip(reader.samples, _places(reader), strict=True)
-                 if not _is_hidden(place)]
-        if not shown:
-            raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
-        classes = {} if has_class_map else _renumbered(reader.class_to_idx, {target for _, target in shown})
-        ordered = sorted(shown, key=lambda sample: total_order(sample[0]))
-        reader.samples = [(path, classes.get(target, target)) for path, target in ordered]
-        if not has_class_map:
-            reader.class_to_idx = {name: classes[k] for name, k in reader.class_to_idx.items() if k in classes}
-    elif isinstance(reader, ReaderImageInTar):
-        places = _places(reader)
-        order = sorted((i for i, place in enumerate(places) if not _is_hidden(place)),
-                       key=lambda i: total_order(reader.samples[i][0].path))
-        if not order:
-            raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
-        reader.samples, reader.targets = reader.samples[order], reader.targets[order]
-        if not has_class_map:
-            classes = _renumbered(reader.class_name_to_idx, set(reader.targets.tolist()))
-            reader.targets = np.array([classes[k] for k in reader.targets.tolist()])
-            reader.class_name_to_idx = {name: classes[k] for name, k in reader.class_name_to_idx.items()
-                                        if k in classes}
-            reader.class_idx_to_name = {k: name for name, k in reader.class_name_to_idx.items()}
+    is_tar = isinstance(reader, ReaderImageInTar)
+    if not is_tar and not isinstance(reader, ReaderImageFolder):
+        return
+    paths = [sample[0].path if is_tar else sample[0] for sample in reader.samples]
+    order = sorted((i for i, place in enumerate(_places(reader)) if not _is_hidden(place)),
+                   key=lambda i: total_order(paths[i]))
+    if not order:
+        raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
+    targets = [int(reader.targets[i] if is_tar else reader.samples[i][1]) for i in order]
+    classes = reader.class_name_to_idx if is_tar else reader.class_to_idx
+    if not has_class_map:
+        numbers = _renumbered(classes, targets)
+        targets = [numbers[k] for k in targets]
+        classes = {name: numbers[k] for name, k in classes.items() if k in numbers}
+    if is_tar:
+        reader.samples, reader.targets, reader.class_name_to_idx = reader.samples[order], np.array(targets), classes
+        reader.class_idx_to_name = {k: name for name, k in classes.items()}
+    else:
+        reader.samples, reader.class_to_idx = [(paths[i], k) for i, k in zip(order, targets, strict=True)], classes
 
 
 def check_no_strays(reader: Any, split: str) -> None:
@@ -91,10 +87,10 @@ def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> No
     nested = sorted(str(folder) for folder in folders if len(folder.parts) > 1)
     if shared:
         raise UserError(f"the {split} data in {reader.root} have folders of the same name in different places "
-                        f"({_few(shared)}), and the innermost folder is the class: they would be one. Give each class "
+                        f"({few(shared)}), and the innermost folder is the class: they would be one. Give each class "
                         "one folder of its own name")
     if nested and not allow_distinct and isinstance(reader, ReaderImageFolder):
-        raise UserError(f"the {split} data in {reader.root} have folders within folders ({_few(nested)}); the "
+        raise UserError(f"the {split} data in {reader.root} have folders within folders ({few(nested)}); the "
                         "innermost would be the class. Make one folder a class, or list the innermost ones with "
                         "--class-map")
 
@@ -122,10 +118,6 @@ def _is_hidden(place: PurePath) -> bool:
     return any(part.startswith(HIDDEN) for part in place.parts)
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def check_same_classes(names: list[str] | None, others: list[str] | None, whose: str) -> None:
     """Refuse another list of classes than this one, in another order too.
 
@@ -147,4 +139,4 @@ def check_same_classes(names: list[str] | None, others: list[str] | None, whose:
 
 
 def _from(names: list[str], first: int) -> str:
-    return _few([repr(name) for name in names[first:]]) or "not there"
+    return few([repr(name) for name in names[first:]]) or "not there"
