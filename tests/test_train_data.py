@@ -1,9 +1,11 @@
 """Bundled data, folders, tar files, hub data and shards; unreadable images."""
+import copy
 import os
 import shutil
 import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,9 +17,17 @@ from torchvision.transforms import RandomAffine
 from timm_faim.data import omniglot242_root
 from timm_faim.training import datasets
 from timm_faim.training.args import parse_args
-from timm_faim.training.data import UNREADABLE, build_fit_loader, build_loaders, count_unreadable, open_datasets
+from timm_faim.training.data import (
+    UNREADABLE,
+    build_fit_loader,
+    build_loaders,
+    count_unreadable,
+    open_datasets,
+    open_split,
+)
 from timm_faim.training.errors import UserError
 from timm_faim.training.loop import evaluate
+from timm_faim.training.pixels import InMode
 from timm_faim.training.sampling import SeededSamples
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,
@@ -223,9 +233,9 @@ def test_one_tar_file_for_both_splits(folder):
         open_datasets(options(path), in_chans=3)
 
 
-def test_torch_data_of_one_root_are_no_overlap(folder):
-    data = open_datasets(options(folder, "--dataset", "torch/image_folder"), 3)
-    assert (len(data.train), len(data.val), data.num_classes) == (12, 7, 3)
+def test_image_folders_are_read_by_timm(folder):
+    with pytest.raises(UserError, match="torch/image_folder: image folders are read by timm. Leave --dataset out"):
+        open_datasets(options(folder, "--dataset", "torch/image_folder"), 3)
 
 
 def test_every_flag_of_augmentation_reaches_timm(folder):
@@ -394,6 +404,40 @@ def test_shards(shards, workers):
     assert sum(len(target) for _, target in train) >= 12
     fit = build_fit_loader(args, CONFIG, Accelerator(cpu=True), 3)
     assert torch.bincount(torch.cat([target for _, target in fit])).tolist() == [4, 4, 4]
+
+
+RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+
+
+def stream(folder, pixels, kind):
+    """The first image of a stream whose every training image is these pixels."""
+    for path in (folder / "train").rglob("*.png"):
+        Image.fromarray(pixels).save(path)
+    if kind == "wds":
+        make_shards(folder, folder, validation=1)
+        args = options(folder, "--dataset", "wds/", "--num-classes", "3")
+    else:
+        args = options(folder / "cache", "--dataset", f"hfids/{folder}", "--dataset-download")
+    dataset = open_split(args, True, 3)
+    dataset.transform = np.asarray
+    return next(iter(dataset))[0]
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfids"])
+def test_streams_scale_sixteen_bits_by_their_range(folder, monkeypatch, kind):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    pytest.importorskip({"wds": "webdataset", "hfids": "datasets"}[kind])
+    (folder / "val").rename(folder / ("validation" if kind == "hfids" else "val"))
+    assert np.array_equal(stream(folder, RAMP, kind)[..., 0], np.rint(RAMP / 257))
+
+
+def test_a_reader_in_a_mode_is_the_reader_otherwise(shards):
+    args = options(shards, "--dataset", "wds/", "--num-classes", "3")
+    reader = copy.copy(open_split(args, True, 3).reader)
+    assert (len(reader), reader.mode, reader.split_info) == (12, "RGB", reader.reader.split_info)
+    pixels = [(Image.fromarray(RAMP.astype(np.float32)), 0)]
+    with pytest.raises(UserError, match="an image of the stream: float pixels without a known range"):
+        list(InMode(pixels, "RGB"))
 
 
 def test_shards_without_a_number_of_classes_or_of_samples(shards):

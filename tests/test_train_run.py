@@ -211,7 +211,7 @@ def test_skipped_images_are_reported_after_each_epoch(tmp_path, capsys):
     (["--aug", "--aa", "nonsense"], r"timm cannot make the image transforms: AssertionError.*Check --aa"),
     (["--interpolation", "foo"], r"timm cannot make the image transforms: KeyError.*--interpolation"),
     (["--opt-betas", "0.9"], r"--opt adamw: "),
-    (["--skip-unreadable", "--dataset", "torch/image_folder"], r"--skip-unreadable is for images that are read"),
+    (["--skip-unreadable", "--dataset", "wds/"], r"--skip-unreadable is for images that are read"),
 ])
 def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr(epochs, "train_one_epoch", lambda *_: pytest.fail("training has begun"))

@@ -315,6 +315,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
          "--input-key and --target-key are for --dataset hfds/, hfids/, wds/ and tfds/. Leave them out"),
         ((args.train_num_samples or args.val_num_samples) and kind not in STREAMED,
          "--train-num-samples and --val-num-samples are for streamed data (hfids/, wds/, tfds/). Leave them out"),
+        (args.skip_unreadable and kind not in ("", "hfds"),
+         "--skip-unreadable is for images that are read one by one (folders, tar files, hfds/), not for --dataset "
+         f"{args.dataset}. Leave it out"),
         (args.epoch_repeats and kind not in ("hfids", "tfds"),
          "--epoch-repeats is for hfids/ and tfds/ data. Raise --epochs instead"),
         (args.warmup_epochs >= args.epochs and args.warmup_epochs and args.sched not in ("none", "plateau")

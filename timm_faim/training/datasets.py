@@ -15,13 +15,12 @@ from timm.data import ImageDataset, MultiLabelTarget, add_img_extensions, create
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
 from timm_faim.data import OMNIGLOT242, omniglot242_root
 from timm_faim.training.args import dataset_type
 from timm_faim.training.errors import RankError, UserError, did_you_mean, few
 from timm_faim.training.folders import HIDDEN, check_no_strays, check_one_level, check_same_classes, put_in_order
-from timm_faim.training.pixels import read_image
+from timm_faim.training.pixels import InMode, read_image
 
 add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))  # timm looks for PNG and JPEG only
 
@@ -172,6 +171,8 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
     name, root = args.dataset, args.data_dir
     split = args.train_split if is_training else args.val_split
     _check_name(args)
+    mode = args.input_img_mode or ("L" if in_chans == 1 else "RGB")
+    as_stored = dataset_type(args) in ("hfids", "wds")  # these readers would convert, with clipping
     from_fields = {key: value for key, value in (
         ("input_key", args.input_key), ("target_key", args.target_key),
         ("target_format", args.target_format if args.multi_label else None),
@@ -184,7 +185,7 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
         dataset = create_dataset(
             name, root=root, split=split, is_training=is_training and not in_order, class_map=args.class_map,
             download=args.dataset_download, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats,
-            input_img_mode=args.input_img_mode or ("L" if in_chans == 1 else "RGB"),
+            input_img_mode="" if as_stored else mode,
             num_samples=args.train_num_samples if is_training else args.val_num_samples,
             trust_remote_code=args.dataset_trust_remote_code, **from_fields,
         )
@@ -196,9 +197,8 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
         _check_fields(args, dataset.reader)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset, skip=args.skip_unreadable, is_training=is_training)
-    if args.skip_unreadable:
-        raise UserError(f"--skip-unreadable is for images that are read by timm one by one (folders, tar files, "
-                        f"hfds/), not for --dataset {name}. Leave it out")
+    if as_stored:
+        dataset.reader = InMode(dataset.reader, mode)
     return dataset
 
 
@@ -220,6 +220,8 @@ def _check_name(args: argparse.Namespace) -> None:
     if kind == "" and name.lower() not in (*FOLDER_NAMES, OMNIGLOT242):
         near = did_you_mean(name, [OMNIGLOT242]) or f" For one of torchvision's: torch/{name}"
         raise UserError(f"unknown --dataset {name}.{near}. Leave it out for an image folder")
+    if name.lower() in {f"torch/{folder}" for folder in FOLDER_NAMES}:
+        raise UserError(f"--dataset {name}: image folders are read by timm. Leave --dataset out")
     if kind and kind not in PACKAGES:
         raise UserError(f"unknown type of --dataset {name}.{did_you_mean(kind, PACKAGES)} Types are "
                         f"{'/, '.join(PACKAGES)}/ and, without --dataset, an image folder")
@@ -244,7 +246,7 @@ def _check_fields(args: argparse.Namespace, reader: Any) -> None:
 def _check_splits_differ(args: argparse.Namespace, train: Dataset, val: Dataset) -> None:
     """timm reads the whole data folder where it finds no folder of the split's name."""
     readers = reader_of(train), reader_of(val)
-    if not all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar, ImageFolder)) for reader in readers):
+    if not all(isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) for reader in readers):
         return
     roots = [Path(reader.root).resolve() for reader in readers]
     overlap = roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])
