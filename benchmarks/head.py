@@ -22,12 +22,14 @@ from machine import headline
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead
-from timm_faim.models.config import of_heads, resolve_faim_cfg
+from timm_faim import PRESETS, FAIMHead
 
 
 class LiteralHead(FAIMHead):
     """The founding formula with [B, C, D] differences, on the same parameters."""
+
+    def __init__(self, D, C):
+        super().__init__(D, C, **PRESETS["flat"])
 
     def forward(self, x):
         return -self.gamma() * self.metric.reference(x, self.mu)
@@ -41,10 +43,10 @@ def floor(D: int, C: int) -> nn.Module:
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "Linear": nn.Linear,
     "frozen Linear(D, D) + Linear": floor,
-    "FAIM default": partial(FAIMHead, **of_heads(resolve_faim_cfg({}))),
-    "FAIM diagonal": FAIMHead,
-    "FAIM diagonal, normalize": partial(FAIMHead, normalize=True),
-    "FAIM full": partial(FAIMHead, full_sigma=True),
+    "FAIM": FAIMHead,
+    "FAIM, λ = 0.1": partial(FAIMHead, lambda_init=0.1),
+    "FAIM flat, diagonal Σ": partial(FAIMHead, **PRESETS["flat"]),
+    "FAIM flat, full Σ": partial(FAIMHead, **PRESETS["flat"] | {"full_sigma": True}),
     "literal formula": LiteralHead,
 }
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from timm_faim import FAIMMetric
+from timm_faim import PRESETS, FAIMHead, FAIMMetric
 
 FORMS = [
     pytest.param(full, symmetric, id=f"{'full' if full else 'diagonal'}-{'symmetric' if symmetric else 'randers'}")
@@ -23,3 +23,8 @@ def random_metric(D, full_sigma, symmetric=True, dtype=torch.float64, eps=1e-6, 
         metric.lmbda.fill_(0.5)
         metric.beta.copy_(torch.randn_like(metric.beta))
     return metric
+
+
+def flat(*args, **options):
+    """A head of the founding form."""
+    return FAIMHead(*args, **PRESETS["flat"] | options)

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from cases import SIGMAS
+from cases import SIGMAS, flat
 from children import in_group
 from torch import distributed, nn
 
-from timm_faim import FAIMHead, fit_, fit_heads
+from timm_faim import PRESETS, FAIMHead, fit_
 
 N, C, D = 400, 5, 8
 
@@ -25,7 +25,7 @@ def clusters(spread):
 def test_means_precision_and_direction(full):
     spread = torch.linspace(0.5, 2.0, D)
     x, targets = clusters(spread)
-    head = fit_(FAIMHead(D, C, full_sigma=full), x, targets, shrinkage=0.01)
+    head = fit_(flat(D, C, full_sigma=full), [(x, targets)], shrinkage=0.01)
     for k in range(C):
         assert torch.allclose(head.mu[k], x[targets == k].mean(0), atol=1e-5)
     diagonal = head.metric.sigma().diagonal()
@@ -44,7 +44,7 @@ def test_whitening_beats_euclidean_prototypes_where_scales_differ(full):
     spread[1:4] = 30.0
     x, targets = clusters(spread)
     test_x, test_targets = clusters(spread)
-    head = fit_(FAIMHead(D, C, full_sigma=full, lambda_init=0.0), x, targets, shrinkage=0.01)
+    head = fit_(flat(D, C, full_sigma=full, lambda_init=0.0), [(x, targets)], shrinkage=0.01)
     fitted = (head(test_x).argmax(-1) == test_targets).float().mean()
     euclidean = (torch.cdist(test_x, head.mu).argmin(-1) == test_targets).float().mean()
     assert fitted > 0.85 > euclidean
@@ -52,18 +52,18 @@ def test_whitening_beats_euclidean_prototypes_where_scales_differ(full):
 
 def test_model_fit_reads_the_heads_inputs_and_restores_the_mode():
     x, targets = clusters(torch.ones(D))
-    model = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), FAIMHead(D, C, normalize=True))
+    model = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), FAIMHead(D, C, space="sphere"))
     model.train()
-    fit_heads(model, [(x[:150], targets[:150]), (x[150:], targets[150:])])
+    fit_(model, [(x[:150], targets[:150]), (x[150:], targets[150:])])
     assert model.training and model[1].training
     features = nn.functional.normalize(model[0](x), dim=-1)
-    assert torch.allclose(model[2].mu[2], features[targets == 2].mean(0), atol=1e-5)
+    assert torch.allclose(model[2].mu[2], nn.functional.normalize(features[targets == 2].mean(0), dim=0), atol=1e-5)
 
 
 def test_fewer_samples_than_features_and_an_empty_class(caplog):
-    head = FAIMHead(D, C, full_sigma=True)
+    head = flat(D, C, full_sigma=True)
     before = head.mu[4].clone()
-    fit_(head, torch.randn(4, D), torch.arange(4))
+    fit_(head, [(torch.randn(4, D), torch.arange(4))])
     assert torch.equal(head.mu[4], before)
     assert "1 classes have no samples" in caplog.text
     assert torch.isfinite(head(torch.randn(3, D))).all()
@@ -73,24 +73,23 @@ def test_bad_input():
     head = FAIMHead(D, C)
     x, targets = clusters(torch.ones(D))
     with pytest.raises(ValueError, match=r"\[0, 5\).*5"):
-        fit_(head, x, targets + 1)
+        fit_(head, [(x, targets + 1)])
     with pytest.raises(ValueError, match="NaN"):
-        fit_(head, x * float("nan"), targets)
+        fit_(head, [(x * float("nan"), targets)])
     with pytest.raises(ValueError, match="features are equal"):
-        fit_(head, torch.ones_like(x), targets)
+        fit_(head, [(torch.ones_like(x), targets)])
     with pytest.raises(ValueError, match="shrinkage.*0"):
-        fit_(head, x, targets, shrinkage=0.0)
+        fit_(head, [(x, targets)], shrinkage=0.0)
     with pytest.raises(ValueError, match="no FAIM head"):
-        fit_heads(nn.Linear(D, C), [(x, targets)])
+        fit_(nn.Linear(D, C), [(x, targets)])
     with pytest.raises(ValueError, match="no samples"):
-        fit_heads(nn.Sequential(head), [])
+        fit_(nn.Sequential(head), [])
     with pytest.raises(ValueError, match="class indices"):
-        fit_heads(nn.Sequential(head), [(x, torch.rand(N, C))])
+        fit_(nn.Sequential(head), [(x, torch.rand(N, C))])
 
 
 def options_of(space, full):
-    on_indicatrix = dict(normalize=True, indicatrix=True, lambda_init=0.0)
-    return dict(full_sigma=full, **(on_indicatrix if space == "indicatrix" else {}))
+    return PRESETS[space] | {"full_sigma": full}
 
 
 SPACES = pytest.mark.parametrize("space", ["flat", "indicatrix"])
@@ -101,8 +100,8 @@ SPACES = pytest.mark.parametrize("space", ["flat", "indicatrix"])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0])
 def test_a_fit_does_not_depend_on_the_scale_of_the_features(space, full, scale):
     x, targets = clusters(torch.linspace(0.5, 2.0, D))
-    logits = fit_(FAIMHead(D, C, **options_of(space, full)), x, targets)(x)
-    scaled = fit_(FAIMHead(D, C, **options_of(space, full)), scale * x, targets)(scale * x)
+    logits = fit_(FAIMHead(D, C, **options_of(space, full)), [(x, targets)])(x)
+    scaled = fit_(FAIMHead(D, C, **options_of(space, full)), [(scale * x, targets)])(scale * x)
     # the smoothing of both roots, ε beside squared distances near 1, at γ = 10
     assert torch.allclose(scaled, logits, atol=0.05)
     assert torch.equal(scaled.argmax(1), logits.argmax(1))
@@ -113,11 +112,11 @@ def test_a_fit_does_not_depend_on_the_scale_of_the_features(space, full, scale):
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_a_fit_at_an_extreme_scale_is_right_or_an_error_that_leaves_the_head(space, full, scale):
     x, targets = clusters(torch.linspace(0.5, 2.0, D))
-    wanted = fit_(FAIMHead(D, C, **options_of(space, full)), x, targets)(x)
+    wanted = fit_(FAIMHead(D, C, **options_of(space, full)), [(x, targets)])(x)
     head = FAIMHead(D, C, **options_of(space, full))
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     try:
-        fit_(head, x.double() * scale, targets)
+        fit_(head, [(x.double() * scale, targets)])
     except ValueError as e:
         assert re.search(r"features of size .*e[+-]\d\d are beyond .*; scale them towards 1", str(e))
         assert all(torch.equal(before[name], tensor) for name, tensor in head.state_dict().items())
@@ -128,9 +127,9 @@ def test_a_fit_at_an_extreme_scale_is_right_or_an_error_that_leaves_the_head(spa
 def test_a_precision_that_drowns_in_eps_is_an_error_with_a_mend_that_works():
     x, targets = clusters(torch.linspace(0.5, 2.0, D))
     with pytest.raises(ValueError, match="smaller eps"):
-        fit_(FAIMHead(D, C, full_sigma=True), 3000 * x, targets)
-    wanted = fit_(FAIMHead(D, C, full_sigma=True), x, targets)(x)
-    got = fit_(FAIMHead(D, C, full_sigma=True, eps=1e-12), 3000 * x, targets)(3000 * x)
+        fit_(flat(D, C, full_sigma=True), [(3000 * x, targets)])
+    wanted = fit_(flat(D, C, full_sigma=True), [(x, targets)])(x)
+    got = fit_(flat(D, C, full_sigma=True, eps=1e-12), [(3000 * x, targets)])(3000 * x)
     assert torch.allclose(got, wanted, atol=0.05)
 
 
@@ -147,10 +146,10 @@ class TwoHeads(nn.Module):
 
 def test_a_head_counts_the_batches_that_reach_it():
     x, targets = clusters(torch.ones(D))
-    model = fit_heads(TwoHeads(), [(x[:200], targets[:200]), (x[200:300], targets[200:300])])
-    alone = fit_(FAIMHead(D, C), x[:200], targets[:200])
+    model = fit_(TwoHeads(), [(x[:200], targets[:200]), (x[200:300], targets[200:300])])
+    alone = fit_(FAIMHead(D, C), [(x[:200], targets[:200])])
     assert torch.allclose(model.second.mu, alone.mu)
-    assert torch.allclose(model.first.mu, fit_(FAIMHead(D, C), x[:300], targets[:300]).mu)
+    assert torch.allclose(model.first.mu, fit_(FAIMHead(D, C), [(x[:300], targets[:300])]).mu)
 
 
 def _fit_with_a_bad_rank(folder):
@@ -161,7 +160,7 @@ def _fit_with_a_bad_rank(folder):
         x[7, 2] = float("nan")
     model = nn.Sequential(FAIMHead(D, C))
     try:
-        fit_heads(model, [(x[:200], targets[:200]), (x[200:], targets[200:])])
+        fit_(model, [(x[:200], targets[:200]), (x[200:], targets[200:])])
         message = "no error"
     except ValueError as e:
         message = str(e)

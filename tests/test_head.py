@@ -8,24 +8,41 @@ import re
 import pytest
 import timm
 import torch
-from cases import FORMS, SIGMAS
+from cases import SIGMAS, flat
 from children import in_group
 from seeds import FoundingHead
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, FAIMMetric, TargetMargin, faim_heads, fit_, set_damping, to_linear
+from timm_faim import PRESETS, FAIMHead, FAIMMetric, TargetMargin, agreement, faim_heads, fit_, to_linear
+from timm_faim.metric.cosine import cosine_logits, plain_cosine_logits
 
 B, C, D = 6, 5, 16
 
 
 def head_away_from_init(**options):
     head = FAIMHead(D, C, **options)
+    frozen = (head.metric.log_sigma_diag, head.metric.lmbda) if not head.is_flat else ()
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            if not any(parameter is p for p in frozen):
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return head
+
+
+# One head of each path, the default first.
+ALL_HEADS = [
+    pytest.param({}, id="default"),
+    pytest.param({"full_sigma": False}, id="diagonal"),
+    pytest.param({"space": "sphere"}, id="sphere"),
+    pytest.param({"learn_metric": True, "lambda_init": 0.3}, id="1-form"),
+    pytest.param({"learn_metric": True, "lambda_init": 0.3, "symmetric": False}, id="randers"),
+    pytest.param({"space": "sphere", "lambda_init": 0.3}, id="sphere with 1-form"),
+    *(pytest.param(PRESETS["flat"] | {"full_sigma": full, "symmetric": symmetric},
+                   id=f"flat{' full' * full}{' randers' * (not symmetric)}")
+      for full in (False, True) for symmetric in (True, False)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("full", SIGMAS)
@@ -36,7 +53,7 @@ def test_founding_state_dict_loads_strictly_and_gives_its_logits(full, wide):
         for name in ("L", "log_sigma_diag"):
             if hasattr(founding, name):
                 getattr(founding, name).add_(0.1 * torch.randn_like(getattr(founding, name)))
-    head = FAIMHead(wide, 11, full_sigma=full, dtype=torch.float64)
+    head = flat(wide, 11, full_sigma=full, dtype=torch.float64)
     head.load_state_dict(founding.state_dict(), strict=True)
     x = torch.randn(7, wide, dtype=torch.float64)
     expected = founding(x)
@@ -45,7 +62,7 @@ def test_founding_state_dict_loads_strictly_and_gives_its_logits(full, wide):
 
 def test_founding_initialisation():
     torch.manual_seed(3)
-    head = FAIMHead(768, 300, init="seed")
+    head = FAIMHead(768, 300, **PRESETS["founding"])
     assert head.mu.std().item() == pytest.approx(1, abs=0.02)
     assert head.metric.beta.std().item() == pytest.approx(1, abs=0.1)
     assert head.metric.log_sigma_diag.abs().max() == 0
@@ -53,23 +70,25 @@ def test_founding_initialisation():
 
 
 @pytest.mark.parametrize("full", SIGMAS)
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("width", [16, 256, 2048])
-def test_scaled_initialisation_starts_at_distance_one(width, full, normalize):
-    head = FAIMHead(width, 100, full_sigma=full, normalize=normalize)
-    x = torch.randn(64, width) * (37.0 if normalize else 1.0)
-    distance = -head(x).mean().item() / 10
-    assert distance == pytest.approx(1, abs=0.8 / width + 0.03)  # E sqrt(q) < sqrt(E q) at small D
+def test_initial_distance(width, full, preset):
+    head = FAIMHead(width, 100, **PRESETS[preset] | {"full_sigma": full})
+    x = torch.randn(64, width) * (1.0 if head.is_flat else 37.0)
+    distance = -head(x).mean().item() / head.scale_init
+    # E sqrt(q) < sqrt(E q) at small D
+    assert distance == pytest.approx(head.initial_distance(), rel=0.8 / width + 0.03 + 0.05 * (preset == "founding"))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_logits_are_minus_gamma_distance_plus_prior(normalize):
-    head = head_away_from_init(normalize=normalize, prior=True, full_sigma=True)
+@pytest.mark.parametrize("options", ALL_HEADS)
+def test_logits_are_minus_gamma_distance_plus_prior(options):
+    head = head_away_from_init(prior=True, **options)
     x = torch.randn(B, D)
-    mu = F.normalize(head.mu, dim=-1) if normalize else head.mu
-    v = F.normalize(x, dim=-1) if normalize else x
-    expected = -head.scale * head.metric.reference(v, mu) + head.prior
-    assert torch.allclose(head(x), expected, atol=1e-4)
+    z = x if head.whiten is None else (x - head.center) @ (head.whiten if head.full_sigma else torch.diag(head.whiten))
+    points, prototypes = (z, head.mu) if head.is_flat else (
+        v / head.metric.norm(v).unsqueeze(-1) for v in (z, head.mu))  # fmt: skip
+    expected = -head.scale * head.metric.reference(points, prototypes) + head.prior
+    assert torch.allclose(head(x), expected, atol=1e-3)
 
 
 def test_gamma_cannot_act_negatively():
@@ -95,14 +114,12 @@ def test_input_layouts():
         head(torch.randn(B, 7))
 
 
-OPTIONS = [dict(normalize=True, prior=True, margin=0.2), dict(damping=0.5)]
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize(("full", "symmetric"), FORMS)
-@pytest.mark.parametrize("options", OPTIONS, ids=["normalize", "damped"])
-def test_script_export_deepcopy_and_state_dict(full, symmetric, options):
-    head = head_away_from_init(full_sigma=full, symmetric=symmetric, **options)
+@pytest.mark.parametrize("options", ALL_HEADS)
+@pytest.mark.parametrize("prior", [False, True])
+def test_script_export_deepcopy_and_state_dict(options, prior):
+    options = options | {"prior": prior}
+    head = head_away_from_init(**options)
     x = torch.randn(B, D)
     expected = head(x)
     assert torch.allclose(torch.jit.script(head)(x), expected, atol=1e-5)
@@ -114,14 +131,14 @@ def test_script_export_deepcopy_and_state_dict(full, symmetric, options):
     buffer = io.BytesIO()
     torch.save(head.state_dict(), buffer)
     buffer.seek(0)
-    fresh = FAIMHead(D, C, full_sigma=full, symmetric=symmetric, **options)
+    fresh = FAIMHead(D, C, **options)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(x), expected)
 
 
-@pytest.mark.parametrize(("full", "symmetric"), FORMS)
-def test_compile_fullgraph_forward_and_backward(full, symmetric):
-    head = head_away_from_init(full_sigma=full, symmetric=symmetric, normalize=True)
+@pytest.mark.parametrize("options", ALL_HEADS)
+def test_compile_fullgraph_forward_and_backward(options):
+    head = head_away_from_init(**options)
     compiled = torch.compile(copy.deepcopy(head), fullgraph=True, backend="aot_eager")
     x = torch.randn(B, D)
     target = torch.randint(C, (B,))
@@ -129,38 +146,12 @@ def test_compile_fullgraph_forward_and_backward(full, symmetric):
         F.cross_entropy(h(x), target).backward()
     assert torch.allclose(compiled(x), head(x), atol=1e-5)
     for (name, want), got in zip(head.named_parameters(), compiled.parameters(), strict=True):
-        assert torch.allclose(got.grad, want.grad, atol=1e-5), name
-
-
-def test_damping_changes_do_not_recompile():
-    head = head_away_from_init(damping=1.0)
-    torch._dynamo.reset()
-    compiled = torch.compile(head, fullgraph=True, backend="eager")
-    x = torch.randn(B, D)
-    outputs = []
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for value in (1.0, 0.7, 0.4, 0.1):
-            set_damping(head, value)
-            outputs.append(compiled(x))
-            assert torch.allclose(outputs[-1], head(x), atol=1e-5)
-    assert not torch.allclose(outputs[0], outputs[-1], atol=1e-3)
-
-
-def test_damping_bounds_a_large_one_form():
-    head = FAIMHead(D, C, lambda_init=1.0)
-    with torch.no_grad():
-        head.metric.beta.fill_(1e3)
-    x = torch.randn(B, D)
-    free = head(x)
-    set_damping(head, 1.0)
-    riemann = copy.deepcopy(head)
-    nn.init.zeros_(riemann.metric.lmbda)
-    assert ((riemann(x) - head(x)) <= 2 * head.gamma() + 1e-3).all()
-    assert (free < head(x)).all()
+        assert (got.grad is None) == (want.grad is None), name
+        assert got.grad is None or torch.allclose(got.grad, want.grad, atol=1e-5), name
 
 
 def test_half_precision_models_and_autocast():
-    head = head_away_from_init(normalize=True)
+    head = head_away_from_init()
     x = torch.randn(B, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = head(x.bfloat16())
@@ -176,7 +167,7 @@ def test_meta_device_and_dtype():
 
 
 def test_fixed_scale_and_zero_lambda():
-    head = FAIMHead(D, C, learn_scale=False, lambda_init=0.0)
+    head = FAIMHead(D, C, learn_scale=False, learn_metric=True)
     F.cross_entropy(head(torch.randn(B, D)), torch.randint(C, (B,))).backward()
     assert head.scale.grad is None and not head.scale.requires_grad
     assert head.metric.lmbda.grad.abs().item() > 0  # λ can leave 0
@@ -192,8 +183,9 @@ def test_fixed_scale_and_zero_lambda():
         (dict(scale_init=0.0), "scale_init.*0.0"),
         (dict(scale_init=-3.0), "scale_init.*-3.0"),
         (dict(margin=-0.1), "margin.*-0.1"),
-        (dict(init="data"), "init.*fit_heads"),
-        (dict(damping=2.0), "damping.*2.0"),
+        (dict(init="data"), "init.*fit_"),
+        (dict(space="cube"), "space must be one of.*'cube'"),
+        (dict(init="seed"), "init='seed' is the founding start of a flat head"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -202,12 +194,16 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["in_features", "num_classes", "lambda_init", "scale_init", "margin", "damping", "eps"]
+    "name", ["in_features", "num_classes", "lambda_init", "scale_init", "margin", "eps"]
 )
 @pytest.mark.parametrize("value", ["3", None, True, [4]])
 def test_what_is_no_number_is_named(name, value):
     with pytest.raises(TypeError, match=rf"{name}.*got {re.escape(repr(value))}"):
         FAIMHead(**{"in_features": D, "num_classes": C, name: value})
+
+
+def learning(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class TwoHeads(nn.Module):
@@ -232,7 +228,7 @@ def test_margin_at_the_criterion_equals_margin_in_the_head(soft):
     inside = nn.CrossEntropyLoss()(model(x, target), target)
     at_criterion = criterion(model(x), target)
     assert torch.allclose(inside, at_criterion, atol=1e-5)
-    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in (inside, at_criterion))
+    wanted, got = (torch.autograd.grad(loss, learning(model)) for loss in (inside, at_criterion))
     assert all(torch.allclose(w, g, atol=1e-5) for w, g in zip(wanted, got, strict=True))
 
 
@@ -244,7 +240,7 @@ def test_margin_widens_the_target_distance_only_in_training():
     criterion = TargetMargin(lambda output, _: seen.append(output), model)
     criterion(model(x), target)
     plain = model(x)
-    for got, want, gamma in zip(seen[0], plain, (10.0, 4.0), strict=True):
+    for got, want, gamma in zip(seen[0], plain, (16.0, 4.0), strict=True):
         expected = want - gamma * 0.3 * F.one_hot(target, C)
         assert torch.allclose(got, expected, atol=1e-5)
     model.eval()
@@ -279,7 +275,7 @@ def test_margin_where_outputs_are_not_one_a_head():
     target = torch.randint(C, (B,))
     criterion(logits, target)
     for got, want in zip(seen[0], logits, strict=True):
-        assert torch.allclose(got, want - 7.0 * 0.3 * F.one_hot(target, C), atol=1e-5)
+        assert torch.allclose(got, want - 10.0 * 0.3 * F.one_hot(target, C), atol=1e-5)
 
 
 def test_margin_leaves_ignored_targets_alone():
@@ -291,7 +287,7 @@ def test_margin_leaves_ignored_targets_alone():
 
 
 def test_an_all_zero_feature_has_a_bounded_gradient():
-    head = FAIMHead(D, C, normalize=True)
+    head = FAIMHead(D, C)
     x = torch.zeros(1, D, requires_grad=True)
     head(x).sum().backward()
     assert torch.isfinite(x.grad).all() and x.grad.norm() < 1e6
@@ -315,7 +311,7 @@ def test_margin_under_ddp_equals_one_process(tmp_path):
     in_group(_ddp_step, model.state_dict(), x, target, tmp_path / "grads.pt")
     grads = torch.load(tmp_path / "grads.pt")
     for name, parameter in model.named_parameters():
-        assert torch.allclose(grads[name], parameter.grad, atol=1e-5), name
+        assert not parameter.requires_grad or torch.allclose(grads[name], parameter.grad, atol=1e-5), name
 
 
 def test_margin_under_compile():
@@ -323,16 +319,16 @@ def test_margin_under_compile():
     x, target = torch.randn(B, D), torch.randint(C, (B,))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [TargetMargin(nn.CrossEntropyLoss(), m)(m(x), target) for m in (model, compiled)]
-    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    wanted, got = (torch.autograd.grad(loss, learning(model)) for loss in losses)
     assert losses[0] > nn.CrossEntropyLoss()(model(x), target)
     assert all(torch.allclose(w, g, atol=1e-4) for w, g in zip(wanted, got, strict=True))
 
 
 def _indicatrix(D=6, C=4, **options):
     torch.manual_seed(0)
-    head = FAIMHead(D, C, 0.3, full_sigma=True, normalize=True, indicatrix=True, **options).double()
+    head = FAIMHead(D, C, **{"lambda_init": 0.3, "learn_metric": True} | options).double()
     x = torch.randn(40, D, dtype=torch.float64) @ torch.randn(D, D, dtype=torch.float64) + 2.0
-    return fit_(head, x, torch.arange(40) % C), x
+    return fit_(head, [(x, torch.arange(40) % C)]), x
 
 
 def test_indicatrix_is_the_distance_between_points_of_norm_one():
@@ -356,13 +352,10 @@ def test_indicatrix_gradients():
     assert torch.autograd.gradcheck(logits, tuple(parameters.values()))
 
 
-def test_indicatrix_needs_normalisation_and_saves_its_centre(tmp_path):
-    with pytest.raises(ValueError, match="needs normalize=True"):
-        FAIMHead(6, 4, indicatrix=True)
+def test_indicatrix_saves_its_centre():
     head, x = _indicatrix()
-    other = FAIMHead(6, 4, full_sigma=True, normalize=True, indicatrix=True).double()
+    other = FAIMHead(6, 4, learn_metric=True).double()
     other.load_state_dict(head.state_dict())
-    other.metric.lmbda.data.copy_(head.metric.lmbda)
     assert torch.equal(other(x), head(x))
 
 
@@ -394,10 +387,10 @@ def in_feature_space(head):
 def test_indicatrix_keeps_prototypes_of_classes_without_samples_and_its_accuracy_in_half_precision():
     head, x = _indicatrix()
     before = in_feature_space(head)
-    fit_(head, x[:30] + 3.0, torch.arange(30) % 3)
+    fit_(head, [(x[:30] + 3.0, torch.arange(30) % 3)])
     after = in_feature_space(head)
     assert torch.allclose(after[3], before[3]) and not torch.allclose(after[0], before[0])
-    far = fit_(head.float(), x.float() + 300.0, torch.arange(40) % 4)
+    far = fit_(head.float(), [(x.float() + 300.0, torch.arange(40) % 4)])
     points = far.project(far.mu)
     rounded = far.bfloat16()
     assert (rounded.project(rounded.mu).float() - points).abs().max() < 0.02
@@ -410,28 +403,66 @@ def test_project_of_a_point_is_the_point():
     assert not torch.allclose(head.embed(points), points, atol=0.1)
 
 
-def test_linear_layer_of_an_indicatrix_head_is_refused():
+@pytest.mark.parametrize("options", [dict(), dict(full_sigma=False), dict(space="sphere")])
+@pytest.mark.parametrize("prior", [False, True])
+def test_what_folds_gives_the_same_logits_and_the_same_order_of_classes(options, prior):
     torch.manual_seed(0)
-    head = FAIMHead(6, 4, 0.0, full_sigma=True, normalize=True, indicatrix=True)
-    x = torch.randn(40, 6) + 2.0
-    fit_(head, x, torch.arange(40) % 4, shrinkage=1.0)
-    with pytest.raises(ValueError, match="indicatrix=True: the length"):
-        to_linear(head, x)
+    head = FAIMHead(6, 4, prior=prior, **options)
+    x = torch.randn(400, 6) @ torch.randn(6, 6) + 2.0
+    fit_(head, [(x, torch.arange(400) % 4)]).eval()
+    if prior:
+        nn.init.normal_(head.prior)
+    torch.testing.assert_close(head.folded()(x), head(x), rtol=1e-4, atol=1e-4)
+    linear = to_linear(head, x)
+    if not prior:
+        assert torch.equal(linear(x).argsort(-1), head(x).argsort(-1))
+    assert agreement(head, linear, x)["kl"] < 0.3
 
 
-@pytest.mark.parametrize("full", SIGMAS)
+def test_heads_with_a_1_form_do_not_fold():
+    for head in (FAIMHead(D, C, lambda_init=0.1), flat(D, C)):
+        with pytest.raises(ValueError, match="does not fold"):
+            head.folded()
+
+
 @pytest.mark.parametrize("length", [0.0, 1e-6, 5e-5, 1e-3])
-def test_short_prototypes_have_the_same_gradients_eager_and_as_written(full, length):
+def test_short_prototypes_have_the_same_gradients_eager_and_as_written(length):
     torch.manual_seed(3)
-    head = FAIMHead(D, C, full_sigma=full, normalize=True, dtype=torch.float64)
+    head = FAIMHead(D, C, dtype=torch.float64)
     with torch.no_grad():
         head.mu.copy_(length * F.normalize(torch.randn(C, D, dtype=torch.float64), dim=1))
     x, target = torch.randn(B, D, dtype=torch.float64), torch.arange(B) % C
     plain = torch.compile(copy.deepcopy(head), fullgraph=True, backend="eager")
     for h in (head, plain):
         F.cross_entropy(h(x), target).backward()
-    for (name, want), got in zip(head.named_parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-12), name
+    for name in ("mu", "scale"):
+        want, got = (getattr(h, name).grad for h in (head, plain))
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("gamma", [16.0, 1e-3, 0.0])
+def test_the_node_of_the_default_head_has_the_gradients_of_its_formula(gamma):
+    z = F.normalize(torch.randn(B, D, dtype=torch.float64), dim=1)
+    values = [z, torch.randn(C, D, dtype=torch.float64), torch.full((1,), gamma, dtype=torch.float64)]
+    values[1][0] = z[0]  # a feature at its prototype
+    G = torch.randn(B, C, dtype=torch.float64)
+    found = []
+    for function in (cosine_logits, plain_cosine_logits):
+        inputs = [v.clone().requires_grad_() for v in values]
+        out = function(*inputs, 1e-6)
+        found.append((out, *torch.autograd.grad(out, inputs, G)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_of_the_default_head():
+    head = FAIMHead(5, 3, dtype=torch.float64)
+
+    def logits(x, mu, scale):
+        return torch.func.functional_call(head, {"mu": mu, "scale": scale}, (x,))
+
+    inputs = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True), head.mu, head.scale)
+    assert torch.autograd.gradgradcheck(logits, inputs)
 
 
 def test_a_copied_criterion_keeps_to_the_heads_in_training():
@@ -449,7 +480,7 @@ def test_a_copied_criterion_keeps_to_the_heads_in_training():
     assert together(logits, target) == nn.functional.cross_entropy(logits, target)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(normalize=True), dict(normalize=True, indicatrix=True)])
+@pytest.mark.parametrize("options", [PRESETS["flat"], dict(space="sphere"), dict()])
 def test_another_width_is_named(options):
     head = FAIMHead(D, C, **options)
     for shape in ((B, D + 1), (B, 1), (B, D + 1, 3, 3), (2, 3, D + 1)):
@@ -491,7 +522,7 @@ def test_a_checkpoint_from_before_the_frame_keeps_its_logits_and_gradients(full,
     wanted = _before_the_frame(state, x, D, C, full)
     (wanted_grad,) = torch.autograd.grad(F.cross_entropy(wanted, target), x)
     for learn in (True, False):
-        head = FAIMHead(D, C, lmbda, full_sigma=full, normalize=True, indicatrix=True, learn_metric=learn, **kwargs)
+        head = FAIMHead(D, C, lambda_init=lmbda, full_sigma=full, learn_metric=learn, **kwargs)
         head.load_state_dict(state)
         assert head.cosine == (not learn and lmbda == 0)
         # F(v) is smoothed, a length is not: ε / |v|² apart
@@ -501,13 +532,9 @@ def test_a_checkpoint_from_before_the_frame_keeps_its_logits_and_gradients(full,
         torch.testing.assert_close(grad, wanted_grad, **bound)
 
 
-def _default(**options):
-    return FAIMHead(D, C, 0.0, 16.0, full_sigma=True, normalize=True, indicatrix=True, learn_metric=False, **options)
-
-
-def test_the_default_head_is_plain_pytorch():
+def test_the_default_head_under_every_transform():
     """Scripted, exported, compiled, traced under vmap, jvp and per-sample gradients: all the same numbers."""
-    head = fit_(_default(), torch.randn(60, D) @ torch.randn(D, D) + 3.0, torch.arange(60) % C)
+    head = fit_(FAIMHead(D, C), [(torch.randn(60, D) @ torch.randn(D, D) + 3.0, torch.arange(60) % C)])
     x, target = 3.0 + torch.randn(B, D), torch.arange(B) % C
     expected = head(x)
     close = dict(rtol=1e-4, atol=1e-4)
@@ -531,20 +558,19 @@ def test_the_default_head_is_plain_pytorch():
 
 
 def test_the_default_head_moves_no_frame_and_computes_no_gradient_for_it():
-    head = fit_(_default(), torch.randn(60, D) + 3.0, torch.arange(60) % C)
+    head = fit_(FAIMHead(D, C), [(torch.randn(60, D) + 3.0, torch.arange(60) % C)])
     F.cross_entropy(head(torch.randn(B, D)), torch.arange(B) % C).backward()
     assert {name for name, p in head.named_parameters() if p.grad is not None} == {"mu", "scale"}
 
 
 def test_a_head_without_a_one_form_refuses_the_state_of_one_that_has_it():
-    state = FAIMHead(D, C, 0.3, 16.0, full_sigma=True, normalize=True, indicatrix=True).state_dict()
+    state = FAIMHead(D, C, lambda_init=0.3).state_dict()
     with pytest.raises(RuntimeError, match=r"lmbda is 0\.3.*lambda_init"):
-        _default().load_state_dict(state)
+        FAIMHead(D, C).load_state_dict(state)
 
 
 def test_sigma_is_that_of_the_features():
     x, targets = torch.randn(200, D) @ torch.randn(D, D), torch.arange(200) % C
-    sigmas = [fit_(FAIMHead(D, C, full_sigma=True, **options), x, targets).sigma().detach()
-              for options in (dict(), dict(normalize=True, indicatrix=True))]  # fmt: skip
+    sigmas = [fit_(make(D, C, full_sigma=True), [(x, targets)]).sigma().detach() for make in (flat, FAIMHead)]
     one, other = (sigma / sigma.diagonal().mean() for sigma in sigmas)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -105,7 +105,7 @@ def test_wrong_options(cfg, error, message):
 
 def test_conversion_after_the_fact_takes_no_blocks():
     with pytest.raises(ValueError, match="blocks=1: blocks are put in when a model is created"):
-        timm_faim.convert(timm.create_model("test_vit"), faim_cfg=dict(blocks=1))
+        timm_faim.convert_(timm.create_model("test_vit"), faim_cfg=dict(blocks=1))
 
 
 def test_pretrained_weights_keep_their_classes(tmp_path):

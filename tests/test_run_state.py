@@ -158,7 +158,7 @@ def test_a_damaged_record_says_that_nothing_is_done(tmp_path, content):
 def _refit_with_one_unreadable_image() -> None:
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    head = timm_faim.FAIMHead(4, 3, normalize=True, indicatrix=True)
+    head = timm_faim.FAIMHead(4, 3, space="indicatrix")
     model = torch.nn.Sequential(torch.nn.Identity(), head)
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     clean = random_batches(2, size=8)

@@ -78,7 +78,7 @@ def test_create_reset_and_read_the_head():
 def test_new_classes_keep_the_centre_and_the_metric_of_the_features():
     model = timm.create_model("faim_test_vit", num_classes=7)
     x = torch.randn(40, 64) @ torch.randn(64, 64) + 1.0
-    fit_(model.head, x, torch.arange(40) % 7)
+    fit_(model.head, [(x, torch.arange(40) % 7)])
     wanted, points, prototypes = model.head.sigma(), model.head.embed(x), model.head.mu
     model.reset_classifier(3)
     assert torch.equal(model.head.sigma(), wanted) and torch.equal(model.head.embed(x), points)
@@ -292,7 +292,7 @@ def test_recipes_are_presets_that_other_keys_override():
     with pytest.raises(ValueError, match="recipe'\\] must be one of indicatrix, plain, seed, got 'best'"):
         resolve_faim_cfg(dict(recipe="best"))
     with pytest.raises(ValueError, match="recipe='indicatrix': a linear classifier becomes a head of recipe 'plain'"):
-        timm_faim.convert(timm.create_model("test_vit", num_classes=4), faim_cfg=dict(recipe="indicatrix"))
+        timm_faim.convert_(timm.create_model("test_vit", num_classes=4), faim_cfg=dict(recipe="indicatrix"))
 
 
 def test_config_saved_before_recipes_stays_what_it_was(tmp_path):

@@ -6,26 +6,20 @@ Importing this package registers a ``faim_`` twin of every timm classification a
     model = timm.create_model("faim_vit_base_patch16_224", pretrained=True, num_classes=200)
 """
 
+from importlib import import_module
+
 from .block import FAIMBlock, FAIMChart, exp_map, log_map
-from .head import (
-    FAIMHead,
-    TargetMargin,
-    agreement,
-    faim_heads,
-    fit_,
-    fit_heads,
-    from_linear,
-    set_damping,
-    to_linear,
-)
+from .head import PRESETS, FAIMHead, TargetMargin, agreement, faim_heads, fit_, from_linear, to_linear
 from .losses import FAIMInfoNCELoss, FAIMMarginLoss, FAIMNPairLoss, FAIMTripletLoss
 from .metric import FAIMMetric, faim_distance
-from .models import block_options, convert, head_options, register_twins
+from .models import convert_, register_twins
 from .version import __version__
 
-__all__ = [  # and FAIMDistance, on demand
+__all__ = [
+    "PRESETS",
     "FAIMBlock",
     "FAIMChart",
+    "FAIMDistance",
     "FAIMHead",
     "FAIMInfoNCELoss",
     "FAIMMarginLoss",
@@ -35,26 +29,27 @@ __all__ = [  # and FAIMDistance, on demand
     "TargetMargin",
     "__version__",
     "agreement",
-    "block_options",
-    "convert",
+    "convert_",
     "exp_map",
     "faim_distance",
     "faim_heads",
     "fit_",
-    "fit_heads",
     "from_linear",
-    "head_options",
     "log_map",
-    "set_damping",
+    "save_model",
     "to_linear",
 ]
 
 register_twins()
+del register_twins
+
+_ON_DEMAND = {  # what imports more than the rest: pytorch-metric-learning, which is optional; yaml and the Hub's client
+    "FAIMDistance": "timm_faim.losses.distance",
+    "save_model": "timm_faim.hub",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "FAIMDistance":  # on demand: needs pytorch-metric-learning, which is optional and slow to import
-        from .losses.distance import FAIMDistance
-
-        return FAIMDistance
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

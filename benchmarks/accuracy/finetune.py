@@ -72,7 +72,7 @@ class Run:
         if config["start"] == "means":
             features = self.features(self.pixels)
             if isinstance(self.head, timm_faim.FAIMHead):
-                timm_faim.fit_(self.head, features, self.labels)
+                timm_faim.fit_(self.head, [(features, self.labels)])
             else:
                 self.head.start_(features, self.labels)
         self.steps = min(max(400, 24 * len(kept) // BATCH), 900)
@@ -180,10 +180,10 @@ class Run:
         crops = [self.features(self.pixels)]
         crops += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
         seen, labels = torch.cat(crops), self.labels.repeat(len(crops))
-        options = {"normalize": True, "indicatrix": True, "scale_init": 16.0}
+        options = {"space": "indicatrix", "scale_init": 16.0}
         for name, full, lmbda in (("refit", True, 0.0), ("refit_beta", True, 0.3), ("refit_identity", False, 0.0)):
             head = timm_faim.FAIMHead(x.shape[1], self.classes, lmbda, full_sigma=full, **options).to(self.device)
-            timm_faim.fit_(head, seen, labels, shrinkage=0.3 if full else 1.0)
+            timm_faim.fit_(head, [(seen, labels)], shrinkage=0.3 if full else 1.0)
             result |= percent(name + "_", head.eval()(x), y)
         result["seconds"] = round(time.time() - self.began, 1)
         return result

@@ -168,7 +168,7 @@ def _faim(**fixed) -> Callable[..., nn.Module]:
     return lambda D, C, scale=16.0, margin=0.0: FAIMHead(D, C, scale_init=scale, margin=margin, **fixed)
 
 
-_INDICATRIX = dict(normalize=True, indicatrix=True, learn_metric=False)
+_INDICATRIX = dict(space="indicatrix", learn_metric=False)
 _SCALE = {"scale": (8.0, 64.0, "log")}
 _DISTANCE_SCALE = {"scale": (4.0, 32.0, "log")}
 _MARGINS = {"margin": (0.0, 0.5, "linear")}

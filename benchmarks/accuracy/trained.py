@@ -65,10 +65,10 @@ class TrainingSet:
         x = x - mean_D
         rms = x.square().mean().sqrt()
         x = x / rms
-        options = dict(normalize=True, indicatrix=True, learn_metric=False)
+        options = dict(space="indicatrix", learn_metric=False)
         D = x.shape[1]
-        full = fit_(FAIMHead(D, num_classes, 0.0, full_sigma=True, **options), x, y, SHRINKAGE)
-        eye = fit_(FAIMHead(D, num_classes, 0.0, **options), x, y, 1.0)
+        full = fit_(FAIMHead(D, num_classes, 0.0, full_sigma=True, **options), [(x, y)], SHRINKAGE)
+        eye = fit_(FAIMHead(D, num_classes, 0.0, **options), [(x, y)], 1.0)
         return cls(x, y, num_classes, mean_D, rms, full, eye, (x @ full.whiten).detach())
 
     def inputs(self, method: str) -> Tensor:
@@ -86,7 +86,7 @@ class TrainingSet:
         if method not in ("faim_indicatrix", "faim_indicatrix_beta", "faim_indicatrix_eye"):
             head = builder(D, self.num_classes, **options)
             if isinstance(head, FAIMHead):
-                fit_(head, self.x, self.y, 1.0 if method == "faim_sphere" else SHRINKAGE)
+                fit_(head, [(self.x, self.y)], 1.0 if method == "faim_sphere" else SHRINKAGE)
             else:
                 head.start_(self.inputs(method), self.y)
             return head
@@ -105,7 +105,7 @@ def uses_frame(method: str) -> bool:
 def in_frame(head: FAIMHead, learn_one_form: bool, scale: float, margin: float, lmbda: float = 0.1) -> FAIMHead:
     """The indicatrix head of features in the orthonormal frame of ``head``, with Σ = I there; β learned or λ = 0."""
     D, C = head.in_features, head.num_classes
-    options = dict(normalize=True, indicatrix=True, learn_metric=learn_one_form)
+    options = dict(space="indicatrix", learn_metric=learn_one_form)
     moved = FAIMHead(D, C, lmbda if learn_one_form else 0.0, scale, margin=margin, **options)
     moved.whiten.requires_grad_(False)
     moved.metric.beta.copy_(head.metric.beta)

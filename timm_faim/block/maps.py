@@ -27,8 +27,6 @@ from timm_faim.metric.frame import Frame, orthonormal_frame
 def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
     """Coordinates log_p(x) of points x seen from p, of Euclidean length F(x - p); in the dtype of x.
 
-    A damping κ of the metric scales λ by 1 - κ here: the damped 1-form is not homogeneous.
-
     Args:
         x: points [..., D], or with D at ``dim`` (1 for images [B, D, H, W]).
         p: base points that broadcast with x.

@@ -18,7 +18,6 @@ Only differences between logits survive: all that a softmax or an argmax sees, b
 Shapes: N features, C classes, D features' width. Everything is solved in float64 on the CPU.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Optional, Union
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .head import FAIMHead
+from .presets import PRESETS
 
 Linear = Union[nn.Linear, nn.Conv2d]
 
@@ -86,7 +86,7 @@ def from_linear(
         raise ValueError(f"faim_cfg {reason}")
     if prior is None:
         prior = options.get("prior")
-    x_ND = None if features is None else _checked_features(features, D)
+    x_ND = None if features is None else checked_features(features, D)
     if feature_norm is None:
         feature_norm = estimated_norm(weight_CD) if x_ND is None else x_ND.norm(dim=1).mean().item()
     if not (feature_norm > 0 and math.isfinite(feature_norm)):
@@ -119,7 +119,7 @@ def from_linear(
             "check the backbone, or pass a smaller eps in faim_cfg"
         )
 
-    options.update(lambda_init=0.0, scale_init=gamma, prior=needs_prior)
+    options = PRESETS["flat"] | options | {"lambda_init": 0.0, "scale_init": gamma, "prior": needs_prior}
     head = FAIMHead(D, C, **options, device=linear.weight.device, dtype=dtype)
     with torch.no_grad():
         head.mu.copy_(mu_CD)
@@ -134,12 +134,10 @@ def from_linear(
 
 def contradiction(faim_cfg: Mapping[str, Any]) -> Optional[str]:
     """What among explicitly given head options rules a conversion out, as the end of a sentence; None if nothing."""
-    if faim_cfg.get("recipe", "plain") != "plain":
-        return f"recipe={faim_cfg['recipe']!r}: a linear classifier becomes a head of recipe 'plain'; leave recipe out"
-    if faim_cfg.get("normalize"):
-        return "normalize=True: a linear classifier sees the length of a feature; leave normalize out"
-    if faim_cfg.get("indicatrix"):
-        return "indicatrix=True: a linear classifier sees the length of a feature; leave indicatrix out"
+    if faim_cfg.get("preset", "flat") != "flat":
+        return f"preset={faim_cfg['preset']!r}: a linear classifier becomes a head of preset 'flat'; leave preset out"
+    if faim_cfg.get("space", "flat") != "flat":
+        return f"space={faim_cfg['space']!r}: a linear classifier sees the length of a feature; leave space out"
     if faim_cfg.get("lambda_init"):
         return f"lambda_init={faim_cfg['lambda_init']}: a linear classifier has λ = 0; leave lambda_init out"
     if faim_cfg.get("init", "scaled") != "scaled":
@@ -149,86 +147,6 @@ def contradiction(faim_cfg: Mapping[str, Any]) -> Optional[str]:
     if not faim_cfg.get("eps", 0.0) < 1.0:
         return f"eps={faim_cfg['eps']}: Σ = I needs eps < 1; leave eps out"
     return None
-
-
-@torch.no_grad()
-def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
-    """The linear layer that classifies as a FAIM head without 1-form does, for deployment.
-
-    A head without a prior and without ``normalize`` keeps its argmax exactly, whatever Σ; with ``normalize`` too, the
-    layer's softmax then has the temperature of a feature of mean length. The softmax, and with a prior the argmax, hold
-    to first order around equal distances; measure it with :func:`agreement`. The layer's logits have mean zero
-    over the classes at the origin.
-
-    Args:
-        head: a FAIM head with λ = 0; with ``normalize`` Σ must be a multiple of the identity.
-        features: inputs [N, D] of the head, from which the distances are measured, in O(N·C) memory. Without, features
-            are taken to have mean zero and unit variance per coordinate, as the head's initialisation takes them.
-
-    Returns:
-        ``nn.Linear(D, C)`` on the head's device, in its dtype.
-
-    Raises:
-        ValueError: λ ≠ 0; ``normalize`` with another Σ; features that are not finite or of another width.
-    """
-    metric = head.metric
-    lmbda = metric.lmbda.abs().item()
-    if lmbda != 0.0:
-        raise ValueError(
-            f"a head with λ = {lmbda:g} has a 1-form, which no linear layer expresses; train with lambda_init=0 and "
-            "lmbda frozen, or set head.metric.lmbda to 0 and measure what that costs"
-        )
-    if head.center is not None:
-        raise ValueError(
-            "indicatrix=True: the length |x - c|_Σ depends on the feature, which no linear layer expresses; keep the "
-            "FAIM head"
-        )
-    D = head.in_features
-    sigma_DD = metric.sigma().double().cpu()
-    unit = sigma_DD.diagonal().mean().item()
-    deviation = (sigma_DD - unit * torch.eye(D, dtype=torch.float64)).abs().max().item() / unit
-    if head.normalize and deviation > 1e-3:
-        raise ValueError(
-            f"normalize=True with a Σ that is {deviation:.2g} away from a multiple of the identity: |x̂|_Σ depends on "
-            "the feature, which no linear layer expresses; keep the FAIM head, or train with Σ frozen"
-        )
-    x_ND = None if features is None else _checked_features(features, D)
-    length = 1.0
-    if head.normalize:
-        length = math.sqrt(D) if x_ND is None else x_ND.norm(dim=1).mean().item()
-    exact = copy.deepcopy(head).cpu().double()
-    x_ND = None if x_ND is None else exact.embed(x_ND)
-    mu_CD = exact.project(exact.mu)
-
-    # d_k² = |x - o|² - 2 (x - o)'Σ(μ_k - o) + |μ_k - o|²; o only decides where the root is expanded
-    centred = x_ND is not None and not head.normalize
-    o_D = x_ND.mean(0) if centred else torch.zeros(D, dtype=torch.float64)
-    y_CD = mu_CD - o_D
-    pulled_CD = y_CD @ sigma_DD
-    squares_C = (pulled_CD * y_CD).sum(1)
-    gamma = head.gamma().double().cpu()
-    if x_ND is not None:
-        z_ND = x_ND - o_D
-        own_N = (z_ND @ sigma_DD * z_ND).sum(1)
-        own = own_N.mean()
-        distance_NC = (own_N[:, None] + squares_C - 2.0 * z_ND @ pulled_CD.t()).clamp_min(metric.eps).sqrt()
-        # the distance of the classes between which the softmax decides
-        radius = ((-gamma * distance_NC).softmax(-1) * distance_NC).sum(1).mean()
-    else:
-        own = torch.tensor(unit if head.normalize else unit * D, dtype=torch.float64)
-        radius = (own + squares_C.mean()).sqrt()
-    if head.prior is None:  # a common slope keeps the argmax
-        weight_CD, bias_C = gamma / radius * pulled_CD, -0.5 * gamma / radius * squares_C
-    else:
-        distance_C = (own + squares_C).sqrt()
-        weight_CD = (gamma / distance_C)[:, None] * pulled_CD
-        bias_C = head.prior.double().cpu() - gamma * distance_C
-    weight_CD = weight_CD - weight_CD.mean(0)
-    bias_C = bias_C - bias_C.mean() - weight_CD @ o_D
-    linear = nn.Linear(D, head.num_classes, device=head.mu.device, dtype=head.mu.dtype)
-    linear.weight.copy_(weight_CD / length)
-    linear.bias.copy_(bias_C)
-    return linear.train(head.training)
 
 
 @torch.no_grad()
@@ -251,7 +169,7 @@ def agreement(head: FAIMHead, linear: Linear, features: Tensor) -> dict[str, flo
             f"a head of {head.num_classes} classes and {head.in_features} features has no agreement with a layer of "
             f"{C} and {D}"
         )
-    x_ND = _checked_features(features, D)
+    x_ND = checked_features(features, D)
     sums = torch.zeros(3, dtype=torch.float64)
     five = min(5, C)
     training = head.training
@@ -361,7 +279,7 @@ def _weights(linear: nn.Module) -> tuple[Tensor, Tensor]:
     return weight_CD, bias_C
 
 
-def _checked_features(features: Tensor, D: int) -> Tensor:
+def checked_features(features: Tensor, D: int) -> Tensor:
     """Features in float64 on the CPU."""
     if features.dim() != 2 or features.shape[1] != D or len(features) == 0:
         raise ValueError(f"expected features [N, {D}] with N >= 1, got {list(features.shape)}")

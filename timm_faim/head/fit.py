@@ -8,9 +8,10 @@ within-class covariance, shrunk to (1 - a) W + a tr(W)/D I, and B the between-cl
 which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). s makes the mean squared distance from
 a feature to a prototype 1, the scale at which a head starts otherwise.
 
-A head with ``indicatrix`` gets the mean of all features as its centre c, the frame A of Σ = A A', and as prototypes the
+A head on the indicatrix gets the mean of all features as its centre c, the frame A of Σ = A A', and as prototypes the
 class means in that frame, projected onto the indicatrix: z / F(z) with z = (m_k - c) A, so that one learning rate suits
-every backbone. There s is the mean variance: distances on the indicatrix do not depend on it.
+every backbone. There s is the mean variance: distances on the indicatrix do not depend on it. A head on the sphere gets
+its prototypes and β.
 
 Shapes: N samples, C classes, D features.
 """
@@ -103,9 +104,12 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
         within = ((stats.second - (stats.sums_CD * means_CD).sum(0)) / degrees).clamp_min(0.0)
         pairs = variances_D + spread_CD.square().sum(0)
     sigma = _precision(within, shrinkage, 1e-12 * variance)
-    if head.whiten is None:
+    points_CD = means_CD
+    if head.is_flat:
         _set_metric(head.metric, sigma / (sigma * pairs).sum(), spread_CD, pairs)
-        points_CD = means_CD
+    elif head.whiten is None:
+        head.metric.beta.copy_(_leading_direction(spread_CD))
+        points_CD = head.project(means_CD)
     else:
         _set_frame(head, mean_D, sigma / variance, spread_CD)
         points_CD = head.embed(means_CD)
@@ -189,26 +193,21 @@ def _leading_direction(rows_CD: Tensor) -> Tensor:
     return torch.linalg.svd(rows_CD, full_matrices=False).Vh[0]
 
 
-def fit_(head: FAIMHead, features: Tensor, targets: Tensor, shrinkage: float = 0.3) -> FAIMHead:
-    """Set μ, Σ and β of ``head`` in closed form from features [N, D] and class indices [N]; returns the head."""
-    stats = HeadStatistics(head)
-    stats.update(_fitted_features(head, features.to(head.mu.device)), targets.to(head.mu.device))
-    return fit_from_statistics_(head, stats, shrinkage)
-
-
 def _fitted_features(head: FAIMHead, x: Tensor) -> Tensor:
     """What the moments are taken of: on the indicatrix, which the fit itself decides, the features as they come."""
     return x if head.center is not None else head.embed(x)
 
 
 @torch.no_grad()
-def fit_heads(
+def fit_(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     shrinkage: float = 0.3,
     device: Optional[torch.device] = None,
 ) -> nn.Module:
-    """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]).
+    """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]), in place.
+
+    A head alone is such a model, of features [B, D]: ``fit_(head, [(features, targets)])``.
 
     The model runs in eval mode and is left in its modes. In an initialised process group the moments are summed over
     the ranks, whether each reads its own shard or all read everything (the result is a ratio of sums); what is wrong

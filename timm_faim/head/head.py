@@ -6,10 +6,21 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric, absolute, checked_count, checked_number, unit_vectors, without_autocast
+from timm_faim.metric import (
+    FAIMMetric,
+    absolute,
+    checked_count,
+    checked_number,
+    cosine_logits,
+    unit_vectors,
+    without_autocast,
+)
 
+from .folded import FoldedHead
+from .legacy import log_of_identity, modernise
+
+SPACES = ("indicatrix", "sphere", "flat")
 _INITS = ("scaled", "seed")
-_SEED_KEYS = ("beta", "lmbda", "log_sigma_diag", "L")  # kept by the founding code at the head itself
 
 
 def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
@@ -25,9 +36,16 @@ def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
 
 
 class FAIMHead(nn.Module):
-    """A classifier by Finsler distance to learned class prototypes.
+    """A classifier by Finsler distance to learned class prototypes, in one of three spaces.
 
-        logits_k = -γ d_F(x, μ_k) [+ prior_k],    d_F(x, μ) = F(x - μ), see :class:`timm_faim.FAIMMetric`
+        logits_k = -γ d_F(x, μ_k) [+ prior_k]
+
+    - ``"indicatrix"``: features enter the frame of a statistical Σ = A A' around a centre once, z = (x - c) A, in which
+      the prototypes live, and both sides are points of the metric's unit sphere there: d = F(z / F(z) - μ / F(μ)) with
+      F(z) = |z| + λ |β'z|. At first c = 0 and A = I; a closed-form fit sets them. Without 1-form (the default, λ = 0)
+      d = sqrt(2 - 2 cos(z, μ) + ε): a frozen linear layer and a cosine product.
+    - ``"sphere"``: the same with c = 0 and A = I for good.
+    - ``"flat"``: the founding form d = F(x - μ) with a Σ of its own, see :class:`timm_faim.FAIMMetric`.
 
     Takes [B, D] or [..., D], and [B, D, H, W] in place of a 1×1-convolution classifier (recognised by a last dimension
     that is not D). Distances are computed in at least float32, also under autocast; logits have the promoted dtype of
@@ -36,33 +54,26 @@ class FAIMHead(nn.Module):
     Args:
         in_features: D.
         num_classes: C >= 1.
+        space: where distances are measured, as above.
+        full_sigma: full Σ instead of a diagonal one: D² numbers; none on the sphere.
+        learn_metric: train Σ (A), β and λ by gradient; False keeps them as they start or as a fit sets them.
         lambda_init: initial weight λ >= 0 of the 1-form; 0 starts without it.
-        scale_init: initial γ > 0 (inverse softmax temperature).
-        full_sigma: full Σ by its Cholesky factor instead of a diagonal one: D² parameters.
         symmetric: |β'v| as in the founding form; False gives a directed Randers metric, positive by construction.
-        init: ``'scaled'`` makes E d_F = 1 whatever D, for features of unit variance per coordinate (with
-            ``normalize``, for any features) by the scale of Σ; ``'seed'`` is the founding N(0, I) for μ and β with
-            Σ = I, of logits near -γ sqrt(2 D). Start from data: :func:`timm_faim.fit_heads`, :func:`timm_faim.fit_`.
-        normalize: L2-normalise features and prototypes first (a metric on the sphere).
+        scale_init: initial γ > 0 (inverse softmax temperature).
         learn_scale: False keeps γ fixed.
-        damping: κ in [0, 1], how far the 1-form is bounded (2 tanh(h/2) for h = |β'v|) until
-            :func:`timm_faim.set_damping` anneals it; for a large β early in training.
-        prior: add a learned per-class log prior [C], zero at first.
         margin: m >= 0, added to the target's distance in training. Reaches the loss through
             :class:`timm_faim.TargetMargin`, or ``head(x, target)`` where the head is called directly.
-        indicatrix: with ``normalize``, onto the unit sphere of the metric itself (its indicatrix, F = 1) around
-            ``center`` in place of the Euclidean one around 0. Features enter the Σ-orthonormal frame once,
-            z = (x - c) A with Σ = A A', in which prototypes and β live and F(z) = |z| + λ |β'z|:
-            d = F(z / F(z) - μ / F(μ)).
-        learn_metric: False keeps Σ, β and λ as they start or as a closed-form fit sets them; with
-            ``lambda_init=0`` there is then no 1-form, and d = sqrt(2 - 2 cos(z, μ) + ε).
+        prior: add a learned per-class log prior [C], zero at first.
+        init: of a flat head, ``'scaled'`` makes E d_F = 1 whatever D, for features of unit variance per coordinate, by
+            the scale of Σ; ``'seed'`` is the founding N(0, I) for μ and β with Σ = I, of logits near -γ sqrt(2 D).
+            Start from data: :func:`timm_faim.fit_`.
         eps: ε of the metric.
 
-    Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; with ``indicatrix`` a
-    buffer ``center`` [D] and ``whiten`` (A, [D, D] or its diagonal [D]), which a fit sets, and ``metric`` is that of
-    the frame, its Σ the identity for good. γ and λ act as absolute values, so that no optimizer step makes them
-    negative in effect. State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape [])
-    load strictly, and so do those of heads on the indicatrix from before there was a frame.
+    Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; on the indicatrix also
+    ``whiten`` (A, [D, D] or its diagonal [D]) and a buffer ``center`` (c, [D]). Off ``"flat"`` the Σ of ``metric`` is
+    the identity for good. γ and λ act as absolute values, so that no optimizer step makes them negative in effect.
+    State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly into flat
+    heads, and those of heads on the indicatrix from before there was a frame are moved into it.
 
     Raises:
         TypeError, ValueError: an argument that is no number or out of its range, named with the value; on call,
@@ -73,89 +84,82 @@ class FAIMHead(nn.Module):
         self,
         in_features: int,
         num_classes: int,
-        lambda_init: float = 0.1,
-        scale_init: float = 10.0,
-        full_sigma: bool = False,
         *,
+        space: str = "indicatrix",
+        full_sigma: bool = True,
+        learn_metric: bool = False,
+        lambda_init: float = 0.0,
         symmetric: bool = True,
-        init: str = "scaled",
-        normalize: bool = False,
+        scale_init: float = 16.0,
         learn_scale: bool = True,
-        damping: float = 0.0,
+        margin: float = 0.2,
         prior: bool = False,
-        margin: float = 0.0,
-        indicatrix: bool = False,
-        learn_metric: bool = True,
+        init: str = "scaled",
         eps: float = 1e-6,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
+        if space not in SPACES:
+            raise ValueError(f"space must be one of {SPACES}, got {space!r}")
         if init not in _INITS:
-            raise ValueError(f"init must be one of {_INITS}, got {init!r}; to start from data call fit_heads()")
-        if indicatrix and not normalize:
-            raise ValueError("indicatrix=True says where features are normalised to; it needs normalize=True")
+            raise ValueError(f"init must be one of {_INITS}, got {init!r}; to start from data call fit_()")
+        if init == "seed" and space != "flat":
+            raise ValueError(f"init='seed' is the founding start of a flat head; give space='flat', got {space!r}")
         factory = {"device": device, "dtype": dtype}
         self.num_classes = num_classes = checked_count(
             "num_classes", num_classes, "; a model without head has num_classes=0"
         )
+        self.space = space
+        self.is_flat = space == "flat"
+        self.full_sigma = full_sigma and space != "sphere"
         self.scale_init = checked_number("scale_init (γ)", scale_init, above=True)
-        self.init = init
-        self.normalize = normalize
         self.margin = checked_number("margin", margin)
-        self.full_sigma = full_sigma
-        self.metric = FAIMMetric(in_features, full_sigma and not indicatrix, symmetric, lambda_init, eps=eps, **factory)
+        self.init = init
+        self.metric = FAIMMetric(in_features, full_sigma and self.is_flat, symmetric, lambda_init, eps=eps, **factory)
         self.in_features = in_features = self.metric.in_features
         self.metric.requires_grad_(learn_metric)
-        if indicatrix:
+        if not self.is_flat:
             self.metric.log_sigma_diag.requires_grad_(False)
-        self.cosine = indicatrix and not learn_metric and lambda_init == 0
+        self.cosine = not self.is_flat and not learn_metric and self.metric.lambda_init == 0
         self.mu = nn.Parameter(torch.empty(num_classes, in_features, **factory))
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
         self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
-        self.register_buffer("center", torch.empty(in_features, **factory) if indicatrix else None)
+        framed = space == "indicatrix"
+        self.register_buffer("center", torch.empty(in_features, **factory) if framed else None)
         shape = (in_features,) * (2 if full_sigma else 1)
-        whiten = nn.Parameter(torch.empty(shape, **factory), requires_grad=learn_metric) if indicatrix else None
+        whiten = nn.Parameter(torch.empty(shape, **factory), requires_grad=learn_metric) if framed else None
         self.register_parameter("whiten", whiten)
-        self.metric.set_damping(damping)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters as ``init`` says; uses no values of tensors (works on the meta device)."""
+        """Initialise all parameters; uses no values of tensors (works on the meta device)."""
         D = self.in_features
         nn.init.constant_(self.scale, self.scale_init)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
-        if self.center is not None:
+        if self.center is not None and self.whiten is not None:
             nn.init.zeros_(self.center)
-        if self.whiten is not None:
             nn.init.eye_(self.whiten) if self.full_sigma else nn.init.ones_(self.whiten)
-        if self.init == "seed":
-            nn.init.normal_(self.mu)
-            self.metric.reset_parameters(beta_std=1.0)
-            self._reset_frame()
-            return
-        # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On the
+        # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On a
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
-        nn.init.normal_(self.mu, std=1.0 / math.sqrt(D) if self.normalize else 1.0)
-        if self.center is not None:
-            self.metric.reset_parameters()  # distances on the indicatrix do not depend on the scale of Σ
-            self._reset_frame()
+        nn.init.normal_(self.mu, std=1.0 if self.is_flat else 1.0 / math.sqrt(D))
+        if not self.is_flat:
+            self.metric.reset_parameters()
+            nn.init.constant_(self.metric.log_sigma_diag, log_of_identity(self.metric.eps))
+        elif self.init == "seed":
+            self.metric.reset_parameters(beta_std=1.0)
         else:
-            self.metric.reset_to_unit_distance(2.0 if self.normalize else 2.0 * D)
-
-    def _reset_frame(self) -> None:
-        if self.whiten is not None:
-            nn.init.constant_(self.metric.log_sigma_diag, _log_of_identity(self.metric.eps))
+            self.metric.reset_to_unit_distance(2.0 * D)
 
     def initial_distance(self) -> float:
-        """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (normalised: for any)."""
-        if self.center is not None:
+        """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (off ``"flat"``: any)."""
+        if not self.is_flat:
             return math.sqrt(2.0)
         if self.init == "scaled":
             return 1.0
         one_form = 1.0 + self.metric.lambda_init * math.sqrt(2.0 / math.pi) * (1.0 if self.metric.symmetric else 0.0)
-        return math.sqrt((2.0 / self.in_features if self.normalize else 2.0) * self.in_features) * one_form
+        return math.sqrt(2.0 * self.in_features) * one_form
 
     def gamma(self) -> Tensor:
         """The effective γ = |scale| [1]."""
@@ -191,15 +195,13 @@ class FAIMHead(nn.Module):
         """-γ d_F(x, μ_k) [..., C]."""
         z = self._embed(x)
         if not self.cosine:
-            unit = self.normalize and self.whiten is None
-            return self.metric.scaled_distance(z, self.mu if unit else self.project(self.mu), -self.gamma(), unit)
-        m = self.project(self.mu).to(z.dtype)  # both of length 1: d² = 2 - 2 z·m
-        two = torch.full([1], 2.0 + self.metric.eps, dtype=z.dtype, device=z.device)
-        q = torch.addmm(two, z.reshape(-1, self.in_features), m.t(), alpha=-2.0).clamp_min(self.metric.eps)
-        return (q.sqrt() * -self.gamma().to(z.dtype)).reshape(z.shape[:-1] + m.shape[:1])
+            return self.metric.scaled_distance(z, self.project(self.mu), -self.gamma())
+        flat = z.reshape(-1, self.in_features)
+        logits = cosine_logits(flat, self.mu.to(z.dtype), self.gamma().to(z.dtype), self.metric.eps)
+        return logits.reshape(z.shape[:-1] + logits.shape[1:])
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features as the metric sees them: x, or in at least float32 x / |x|, or z / F(z) in the frame of Σ."""
+        """Features as the metric sees them: x itself of a flat head, else in at least float32 the point z / F(z)."""
         if not torch.jit.is_scripting():
             return without_autocast(self._embed, x)
         return self._embed(x)
@@ -219,14 +221,16 @@ class FAIMHead(nn.Module):
         return self.whiten @ self.whiten.t() if self.full_sigma else torch.diag(self.whiten.square())
 
     def project(self, v: Tensor) -> Tensor:
-        """Points as the metric sees them: v, or in at least float32 v / |v| or v / F(v).
+        """Points as the metric sees them: v itself of a flat head, else in at least float32 v / F(v).
 
         Prototypes are such points, and so are means of embedded features: ``project`` of a point is the point itself.
         """
-        if self.whiten is not None and not self.cosine:
-            v = v.to(torch.promote_types(v.dtype, torch.float32))
-            return v / self.metric.norm(v).unsqueeze(-1)
-        return unit_vectors(v) if self.normalize else v
+        if self.is_flat:
+            return v
+        if self.cosine:
+            return unit_vectors(v)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        return v / self.metric.norm(v).unsqueeze(-1)
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -246,60 +250,26 @@ class FAIMHead(nn.Module):
         return True
 
     @torch.jit.ignore
+    def folded(self) -> "FoldedHead":
+        """This head for inference on one device: one product with [A; Aᵀμ̂] in place of two, the same logits.
+
+        Raises:
+            ValueError: a head with a 1-form, or one that is flat.
+        """
+        return FoldedHead(self)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of all parameters: prototypes, Σ, β and scalars are not decayed (timm's optimisers ask for this)."""
         return {name for name, _ in self.named_parameters()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        for name in _SEED_KEYS:
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}metric.{name}"] = state_dict.pop(prefix + name)
-        for name in ("scale", "metric.lmbda"):
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
-        if self.whiten is not None and prefix + "whiten" not in state_dict:
-            _enter_frame(state_dict, prefix, self.metric.eps)
-        lmbda = state_dict.get(f"{prefix}metric.lmbda")
-        if self.cosine and lmbda is not None and not lmbda.is_meta and (lmbda.abs() > 0).any():
-            args[-1].append(f"{prefix}metric.lmbda is {lmbda.item():g}, and this head has no 1-form; create it with "
-                            "lambda_init or learn_metric as the saved one was")  # fmt: skip
+        if reason := modernise(state_dict, prefix, self.space, self.metric.eps, self.cosine):
+            args[-1].append(reason)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_features}, {self.num_classes}, normalize={self.normalize}, margin={self.margin:g}, "
-            f"indicatrix={self.center is not None}, prior={self.prior is not None}"
+            f"{self.in_features}, {self.num_classes}, space={self.space!r}, full_sigma={self.full_sigma}, "
+            f"margin={self.margin:g}, prior={self.prior is not None}"
         )
-
-
-def _log_of_identity(eps: float) -> float:
-    """log_sigma_diag with which Σ = exp(log_sigma_diag) + ε is the identity (for ε up to 1/2)."""
-    return math.log1p(-min(eps, 0.5))
-
-
-def _enter_frame(state_dict: dict[str, Tensor], prefix: str, eps: float) -> None:
-    """Put the state of a head on the indicatrix whose prototypes were in feature space into its Σ's frame, in place."""
-    names = ("center", "mu", "metric.beta", "metric.L", "metric.log_sigma_diag")
-    center, mu_CD, beta_D, L, log_sigma = (state_dict.get(prefix + name) for name in names)
-    if any(t is None for t in (center, mu_CD, beta_D)) or (L is None) == (log_sigma is None):
-        return  # load_state_dict says what is missing
-    dtype = mu_CD.dtype
-    if L is not None:
-        tril = torch.tril(L.double())
-        whiten = torch.linalg.cholesky(tril @ tril.t() + eps * torch.eye(len(tril), dtype=tril.dtype, device=L.device))
-        mu_CD = mu_CD.double() @ whiten
-        beta_D = torch.linalg.solve_triangular(whiten, beta_D.double().unsqueeze(1), upper=False).squeeze(1)
-        del state_dict[prefix + "metric.L"]
-    else:
-        whiten = (log_sigma.double().exp() + eps).sqrt()
-        mu_CD, beta_D = mu_CD.double() * whiten, beta_D.double() / whiten
-    identity = torch.full_like(beta_D, _log_of_identity(eps))
-    entered = {"whiten": whiten, "mu": mu_CD, "metric.beta": beta_D, "metric.log_sigma_diag": identity}
-    state_dict.update((prefix + name, value.to(dtype)) for name, value in entered.items())
-
-
-def set_damping(model: nn.Module, value: float) -> None:
-    """Set κ in [0, 1], the damping of the 1-form, in every FAIM metric of a model (also call it on an EMA copy)."""
-    for module in model.modules():
-        if isinstance(module, FAIMMetric):
-            module.set_damping(value)

@@ -308,7 +308,6 @@ def _head_facts(heads: Mapping[str, Any]) -> dict[str, str]:
         words = [f"{head.num_classes} prototypes of {head.in_features} features",
                  f"{'full' if head.full_sigma else 'diagonal'} Σ",
                  f"λ = {float(head.metric.lmbda.detach().abs()):.4g}", f"γ = {float(head.gamma().detach()):.4g}"]
-        sphere = "on the unit sphere" if head.center is None else "on the unit sphere of the metric"
-        words += [sphere] * head.normalize + ["class prior"] * (head.prior is not None)
+        words += [f"on the {head.space}"] * (not head.is_flat) + ["class prior"] * (head.prior is not None)
         facts[name] = ", ".join(words)
     return facts

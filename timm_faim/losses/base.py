@@ -1,11 +1,12 @@
 """What the losses share: their metric, the checks of their input, references, and the mean over what counts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
+from timm_faim.head import FAIMHead
 from timm_faim.metric import FAIMMetric, unit_vectors
 
 from .pairs import Pairs, block_entries, blockwise_sum, mined_masks
@@ -13,40 +14,57 @@ from .processes import gather_all, gather_with_gradient, mean_over_processes, ra
 
 
 class MetricHolder:
-    """A metric that is shared, and then no submodule, or owned."""
+    """A head or a metric that is shared, and then no submodule, or a metric that is owned."""
 
-    def hold_metric(self, metric: Optional[FAIMMetric], in_features: Optional[int], normalize: bool) -> None:
-        """Share ``metric``, or own a new one of width ``in_features`` under which random points are about 1 apart.
+    def hold_metric(
+        self, metric: Union[None, FAIMHead, FAIMMetric], in_features: Optional[int], normalize: bool
+    ) -> None:
+        """Share a head or a metric, or own a new one of width ``in_features`` under which random points are about 1
+        apart.
 
         Raises:
-            ValueError: both or none of the two.
-            TypeError: ``metric`` is no FAIMMetric.
+            ValueError: both or none of the two, or ``normalize`` beside a head.
+            TypeError: ``metric`` is no FAIMHead or FAIMMetric.
         """
         name = type(self).__name__
         if (metric is None) == (in_features is None):
-            raise ValueError(f"{name} takes metric=head.metric to share a metric, or in_features=D to own one; got "
+            raise ValueError(f"{name} takes a head or a metric to share, or in_features=D to own a metric; got "
                              f"{'neither' if metric is None else 'both'}")
-        if metric is None:
+        self._head = (metric,) if isinstance(metric, FAIMHead) else ()  # in a tuple: not registered as a submodule
+        self._normalizes = normalize
+        if self._head:
+            if normalize:
+                raise ValueError(f"{name} measures a head's distances where the head does; leave normalizing out")
+            metric = metric.metric
+        elif metric is None:
             metric = FAIMMetric(in_features)
             metric.reset_to_unit_distance(2.0 if normalize else 2.0 * in_features)
             self.owned_metric = metric
         elif not isinstance(metric, FAIMMetric):
-            raise TypeError(f"metric must be a FAIMMetric, such as head.metric, got {type(metric).__name__}")
-        self._metric = (metric,)  # in a tuple: not registered as a submodule
+            raise TypeError(f"metric must be a FAIMHead or a FAIMMetric, got {type(metric).__name__}")
+        self._metric = (metric,)
 
     @property
     def metric(self) -> FAIMMetric:
         """The metric, shared or owned."""
         return self._metric[0]
 
+    def embed(self, embeddings: Tensor) -> Tensor:
+        """Embeddings as the metric sees them, in at least float32; through a head's own ``embed`` where there is one."""
+        wide = torch.promote_types(embeddings.dtype, torch.float32)
+        if self._head:
+            return self._head[0].embed(embeddings).to(wide)
+        return unit_vectors(embeddings) if self._normalizes else embeddings.to(wide)
+
 
 class FAIMLoss(MetricHolder, nn.Module):
     """Base of the losses on pairs of embeddings, called as ``loss(embeddings, labels)``.
 
     Args:
-        metric: a metric to share, for example ``head.metric``; the loss then has no parameters of its own.
+        metric: a head or a metric to share; the loss then has no parameters of its own. Of a head the embeddings are
+            the input features: distances are measured between the points that the head makes of them.
         in_features: D, to own a new metric instead.
-        normalize: L2-normalise embeddings first; say what the head says (``head.normalize``).
+        normalize: without a head, L2-normalise embeddings first.
         reducer: None for the mean described at each loss, or a reducer of pytorch-metric-learning, which gets one loss
             per anchor ("element").
         cross_rank: compare with the embeddings of all processes, gradients included. Their batches must be equal in
@@ -56,7 +74,7 @@ class FAIMLoss(MetricHolder, nn.Module):
 
     def __init__(
         self,
-        metric: Optional[FAIMMetric] = None,
+        metric: Union[None, FAIMHead, FAIMMetric] = None,
         in_features: Optional[int] = None,
         *,
         normalize: bool = False,
@@ -66,7 +84,6 @@ class FAIMLoss(MetricHolder, nn.Module):
     ) -> None:
         super().__init__()
         self.hold_metric(metric, in_features, normalize)
-        self.normalize = normalize
         self.reducer = reducer
         self.cross_rank = cross_rank
         self.check_finite = check_finite
@@ -132,12 +149,6 @@ class FAIMLoss(MetricHolder, nn.Module):
         """d_F(x, y) [B, N]."""
         return self.metric(x_BD, y_ND)
 
-    def embed(self, embeddings: Tensor) -> Tensor:
-        """Embeddings as the metric sees them, in at least float32."""
-        if self.normalize:
-            return unit_vectors(embeddings)
-        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
     def check(
         self,
         embeddings: Tensor,
@@ -188,7 +199,7 @@ class FAIMLoss(MetricHolder, nn.Module):
         return self.reducer({"loss": element}, embeddings, labels)
 
     def extra_repr(self) -> str:
-        return f"{self.metric.in_features}, normalize={self.normalize}, cross_rank={self.cross_rank}"
+        return f"{self.metric.in_features}, normalize={self._normalizes}, cross_rank={self.cross_rank}"
 
 
 def are_own(embeddings: Tensor, labels: Any, ref_emb: Optional[Tensor], ref_labels: Any) -> bool:

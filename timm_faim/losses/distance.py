@@ -1,12 +1,13 @@
 """FAIMDistance: d_F for the losses, miners, reducers and testers of pytorch-metric-learning."""
 
 from functools import wraps
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from timm_faim.metric import FAIMMetric, unit_vectors
+from timm_faim.head import FAIMHead
+from timm_faim.metric import FAIMMetric
 
 from .base import MetricHolder
 
@@ -35,10 +36,10 @@ class FAIMDistance(MetricHolder, BaseDistance):
     For a Randers metric the order matters: mat[i, j] = d_F(query_i, reference_j) = F(query_i - reference_j).
 
     Args:
-        metric: a metric to share, for example ``head.metric``; the distance then has no parameters of its own.
+        metric: a head or a metric to share; the distance then has no parameters of its own. Of a head the embeddings
+            are the input features.
         in_features: D, to own a new metric instead.
-        normalize_embeddings: L2-normalise first; off, other than in that library: say what the head says
-            (``head.normalize``).
+        normalize_embeddings: without a head, L2-normalise first; off, other than in that library.
         **options: those of BaseDistance (power, collect_stats).
 
     Raises:
@@ -48,7 +49,7 @@ class FAIMDistance(MetricHolder, BaseDistance):
 
     def __init__(
         self,
-        metric: Optional[FAIMMetric] = None,
+        metric: Union[None, FAIMHead, FAIMMetric] = None,
         in_features: Optional[int] = None,
         *,
         normalize_embeddings: bool = False,
@@ -58,6 +59,10 @@ class FAIMDistance(MetricHolder, BaseDistance):
         if self.is_inverted:
             raise ValueError("is_inverted must be False: d_F is a distance, smaller is more similar")
         self.hold_metric(metric, in_features, normalize_embeddings)
+
+    def forward(self, query_emb: Tensor, ref_emb: Optional[Tensor] = None) -> Tensor:
+        """See :meth:`compute_mat`; in the dtype of the queries, however they are embedded."""
+        return super().forward(query_emb, ref_emb).to(query_emb.dtype)
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Optional[Tensor]) -> Tensor:
         """d_F(query, reference) [B, N] of queries [B, D] and references [N, D] (None: the queries)."""
@@ -70,10 +75,8 @@ class FAIMDistance(MetricHolder, BaseDistance):
         return self.metric.norm(query_emb.to(wide) - ref_emb.to(wide)).to(dtype)
 
     def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **options: Any) -> Tensor:
-        """Embeddings as the metric sees them: as they are, or x / |x| as a head computes it."""
-        if not self.normalize_embeddings:
-            return embeddings
-        return unit_vectors(embeddings.movedim(dim, -1)).movedim(-1, dim)
+        """Embeddings as the metric sees them."""
+        return self.embed(embeddings.movedim(dim, -1)).movedim(-1, dim)
 
 
 def _name_what_to_use(check: Any) -> Any:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from timm_faim.head.head import FAIMHead, subtract_margin
+from timm_faim.head import FAIMHead
+from timm_faim.head.head import subtract_margin
 
 from .base import check_labels, check_positive
 
@@ -27,7 +28,7 @@ class FAIMMarginLoss(nn.Module):
         margin: m > 0, in units of the distance.
         class_counts: training images of each class [C] for the adaptive margin.
         scale: initial γ of an owned head.
-        normalize: L2-normalise embeddings and prototypes of an owned head.
+        space: of an owned head, see :class:`FAIMHead`.
         reducer: a reducer of pytorch-metric-learning; None is the mean.
 
     Raises:
@@ -44,7 +45,7 @@ class FAIMMarginLoss(nn.Module):
         margin: float = 0.15,
         class_counts: Optional[Union[Tensor, list[int]]] = None,
         scale: float = 24.0,
-        normalize: bool = True,
+        space: str = "sphere",
         reducer: Any = None,
     ) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class FAIMMarginLoss(nn.Module):
                              f"one; got num_classes={num_classes}, in_features={in_features}, "
                              f"head={None if head is None else type(head).__name__}")
         if owns:
-            head = self.owned_head = FAIMHead(in_features, num_classes, scale_init=scale, normalize=normalize)
+            head = self.owned_head = FAIMHead(in_features, num_classes, space=space, scale_init=scale)
         self._head = (head,)  # in a tuple: not registered as a submodule
         self.margin = check_positive(margin, "margin")
         self.reducer = reducer

@@ -1,6 +1,7 @@
 """The FAIM metric: a Finsler (Minkowski) norm with parameters, and distances under it."""
 
 from .checks import checked_count, checked_number
+from .cosine import cosine_logits
 from .functional import unit_vectors
 from .module import FAIMMetric, absolute, faim_distance
 from .precision import without_autocast
@@ -10,6 +11,7 @@ __all__ = [
     "absolute",
     "checked_count",
     "checked_number",
+    "cosine_logits",
     "faim_distance",
     "unit_vectors",
     "without_autocast",

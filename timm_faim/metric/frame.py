@@ -37,8 +37,6 @@ def orthonormal_frame(metric: FAIMMetric, dtype: torch.dtype) -> Frame:
     """The frame of a metric in ``dtype``. The factor of a full Σ is found in float64: T T' + ε I squares the condition
     number of T."""
     sigma_D, tril_DD, beta_D, lmbda = metric.tensors(dtype)
-    if metric.damped:  # the damped 1-form is not homogeneous; here the damping scales λ
-        lmbda = lmbda * (1.0 - metric.damping.to(dtype))
     if sigma_D is not None:
         root_D = sigma_D.sqrt()
         return Frame(root_D, None, beta_D / root_D, lmbda)

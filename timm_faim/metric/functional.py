@@ -19,21 +19,9 @@ from torch import Tensor
 from .triangular import tri_matmul, tri_matmul_t
 
 
-def damp(h: Tensor, damping: Optional[Tensor]) -> Tensor:
-    """Bound the 1-form term: (1 - κ) h + κ · 2 tanh(h / 2), κ = ``damping`` in [0, 1], None for 0.
-
-    2 tanh(h/2) = 2 (2 sigmoid(h) - 1) has slope 1 at 0 and stays below 2, so that a large β·v cannot drown the
-    Riemannian part early in training.
-    """
-    if damping is None:
-        return h
-    return torch.lerp(h, 2.0 * torch.tanh(0.5 * h), damping)
-
-
-def one_form_term(b: Tensor, symmetric: bool, eps: float, damping: Optional[Tensor]) -> Tensor:
-    """The 1-form part of F before λ: smoothed |b| (symmetric) or b itself (Randers), damped. Any shape."""
-    h = torch.sqrt(b * b + eps) if symmetric else b
-    return damp(h, damping)
+def one_form_term(b: Tensor, symmetric: bool, eps: float) -> Tensor:
+    """The 1-form part of F before λ: smoothed |b| (symmetric) or b itself (Randers). Any shape."""
+    return torch.sqrt(b * b + eps) if symmetric else b
 
 
 def reference_distance(
@@ -44,7 +32,6 @@ def reference_distance(
     lmbda: Tensor,
     eps: float = 1e-6,
     symmetric: bool = True,
-    damping: Optional[Tensor] = None,
 ) -> Tensor:
     """d_F(x, y) [B, C] by the literal formula, with every difference [B, C, D] written out.
 
@@ -53,7 +40,7 @@ def reference_distance(
     v = x_BD[:, None, :] - y_CD
     q = torch.einsum("bcd,de,bce->bc", v, sigma_DD, v)
     b = torch.einsum("d,bcd->bc", beta_D, v)
-    return torch.sqrt(q + eps) + lmbda * one_form_term(b, symmetric, eps, damping)
+    return torch.sqrt(q + eps) + lmbda * one_form_term(b, symmetric, eps)
 
 
 def squared_norm(v_BD: Tensor, sigma_D: Optional[Tensor], tril_DD: Optional[Tensor], eps: float) -> Tensor:
@@ -81,45 +68,33 @@ def gemm_distance(
     lmbda: Tensor,
     eps: float,
     symmetric: bool,
-    damping: Optional[Tensor],
-    unit: bool = False,
 ) -> Tensor:
     """d_F(x, y) [B, C] from one GEMM, two rank-1 vectors and a pointwise epilogue; nothing of size B·C·D.
 
         q = x'Σx + y'Σy - 2 (Σx)'y,   b = β'x - β'y
 
     Both sides are first moved by the mean of y: distances do not change, the cancellation in q shrinks to the
-    spread of the points. The shift carries no gradient because its exact gradient is zero. With ``unit`` the distance
-    is to y / |y| (x is expected on the sphere as well): there is nothing to centre, and 1 / |y| is applied to the
-    columns of the products, so that no normalised copy of y is made.
+    spread of the points. The shift carries no gradient because its exact gradient is zero.
     """
-    scale_C: Optional[Tensor] = None
-    if unit:
-        scale_C = inverse_norms(y_CD)
-    else:
-        shift_D = y_CD.detach().mean(0)
-        x_BD = x_BD - shift_D
-        y_CD = y_CD - shift_D
+    shift_D = y_CD.detach().mean(0)
+    x_BD = x_BD - shift_D
+    y_CD = y_CD - shift_D
     sx_BD = sigma_product(x_BD, sigma_D, tril_DD, eps)
     xx_B = (x_BD * sx_BD).sum(-1)
     yy_C = squared_norm(y_CD, sigma_D, tril_DD, eps)
-    xy_BC = sx_BD @ y_CD.t()
-    by_C = torch.mv(y_CD, beta_D)
-    if scale_C is not None:
-        xy_BC, yy_C, by_C = xy_BC * scale_C, yy_C * scale_C * scale_C, by_C * scale_C
-    q_BC = xx_B[:, None] + yy_C - 2.0 * xy_BC
-    b_BC = torch.mv(x_BD, beta_D)[:, None] - by_C
-    return torch.sqrt(q_BC.clamp_min(0.0) + eps) + lmbda * one_form_term(b_BC, symmetric, eps, damping)
+    q_BC = xx_B[:, None] + yy_C - 2.0 * (sx_BD @ y_CD.t())
+    b_BC = torch.mv(x_BD, beta_D)[:, None] - torch.mv(y_CD, beta_D)
+    return torch.sqrt(q_BC.clamp_min(0.0) + eps) + lmbda * one_form_term(b_BC, symmetric, eps)
 
 
 def inverse_norms(y_CD: Tensor) -> Tensor:
     """1 / max(|y|, 1e-4) [...] of vectors y [..., D]: the bound keeps the gradient at a zero vector small."""
-    return torch.rsqrt(y_CD.square().sum(-1).clamp_min(1e-8))
+    return 1.0 / torch.linalg.vector_norm(y_CD, dim=-1).clamp_min(1e-4)
 
 
 def has_direction(y_CD: Tensor) -> Tensor:
     """1 where :func:`inverse_norms` is 1 / |y|, 0 where its bound is in force and does not follow y [C]."""
-    return (y_CD.square().sum(-1) >= 1e-8).to(y_CD.dtype)
+    return (torch.linalg.vector_norm(y_CD, dim=-1) >= 1e-4).to(y_CD.dtype)
 
 
 def unit_vectors(x: Tensor) -> Tensor:

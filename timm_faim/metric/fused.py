@@ -14,15 +14,13 @@ Tensors made here are overwritten in place once they are no longer needed: an al
 more than the arithmetic on it.
 """
 
-from collections.abc import Callable
-from functools import partial, wraps
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .functional import gemm_distance, has_direction, inverse_norms
-from .precision import without_autocast
+from .functional import gemm_distance
+from .precision import backward_without_autocast
 from .triangular import tri_matmul, tri_matmul_t, tri_outer
 
 
@@ -36,71 +34,55 @@ def fused_distance(
     scale: Tensor,
     eps: float,
     symmetric: bool,
-    damping: Optional[Tensor],
-    unit: bool,
 ) -> Tensor:
     """s · d_F(x, y) [B, C]; arguments as :func:`timm_faim.metric.functional.gemm_distance`, and the scale s [1]."""
     if tril_DD is None:
-        return FusedDiagonal.apply(x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, eps, symmetric, unit)
-    return FusedFull.apply(x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, eps, symmetric, unit)
-
-
-def _without_autocast(backward: Callable) -> Callable:
-    """Keep the precision of the forward pass when ``backward()`` is called inside an autocast region."""
-
-    @wraps(backward)
-    def run(ctx, G_BC):
-        return without_autocast(partial(backward, ctx), G_BC)
-
-    return run
+        return FusedDiagonal.apply(x_BD, y_CD, sigma_D, beta_D, lmbda, scale, eps, symmetric)
+    return FusedFull.apply(x_BD, y_CD, tril_DD, beta_D, lmbda, scale, eps, symmetric)
 
 
 class FusedDiagonal(torch.autograd.Function):
     """Diagonal Σ, in the whitened coordinates z = Σ^½ x, m = Σ^½ y, where q = |z - m|²."""
 
     @staticmethod
-    def forward(ctx, x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, eps, symmetric, unit):
+    def forward(ctx, x_BD, y_CD, sigma_D, beta_D, lmbda, scale, eps, symmetric):
         root_D = sigma_D.sqrt()
-        place = _placement(y_CD, unit)
-        z_BD, m_CD = (t.mul_(root_D) for t in _placed(x_BD, y_CD, place, unit))
+        shift_D = y_CD.mean(0)
+        z_BD, m_CD = ((t - shift_D).mul_(root_D) for t in (x_BD, y_CD))
         bx_B, by_C = torch.mv(z_BD, beta_D / root_D), torch.mv(m_CD, beta_D / root_D)
         zz_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True).square_()
         mm_C = torch.linalg.vector_norm(m_CD, dim=1).square_()
         q_BC = torch.addmm(mm_C, z_BD, m_CD.t(), alpha=-2.0).add_(zz_B1)
-        saved = (x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping, place, bx_B, by_C)
-        return _finish(ctx, q_BC, saved, eps, symmetric, unit)
+        saved = (x_BD, y_CD, sigma_D, beta_D, lmbda, scale, shift_D, bx_B, by_C)
+        return _finish(ctx, q_BC, saved, eps, symmetric)
 
     @staticmethod
-    @_without_autocast
+    @backward_without_autocast
     def backward(ctx, G_BC):
-        *inputs, place, bx_B, by_C, dist_BC = ctx.saved_tensors
+        *inputs, shift_D, bx_B, by_C, dist_BC = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _plain_gradient(ctx, inputs, G_BC)
-        x_BD, y_CD, sigma_D, beta_D, lmbda, scale, damping = inputs
-        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale, damping)
+        x_BD, y_CD, sigma_D, beta_D, lmbda, scale = inputs
+        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale)
         r_B1, c_C1 = g_BC.sum(1, keepdim=True), g_BC.sum(0).unsqueeze(1)
         root_D = sigma_D.sqrt()
-        z_BD, m_CD = (t.mul_(root_D) for t in _placed(x_BD, y_CD, place, ctx.unit))
+        z_BD, m_CD = ((t - shift_D).mul_(root_D) for t in (x_BD, y_CD))
         dbeta_D = (torch.mv(z_BD.t(), ex_B) - torch.mv(m_CD.t(), ey_C)).div_(root_D)
         dx_BD = (z_BD * r_B1).addmm_(g_BC, m_CD, alpha=-1.0)
         dy_CD = torch.mm(g_BC.t(), z_BD).addcmul_(m_CD, c_C1, value=-1.0)  # -(c∘m - g'z)
-        along_CD = m_CD.mul_(dy_CD)
-        dsigma_D = (z_BD.mul_(dx_BD).sum(0) - along_CD.sum(0)).div_(sigma_D)
+        dsigma_D = (z_BD.mul_(dx_BD).sum(0) - m_CD.mul_(dy_CD).sum(0)).div_(sigma_D)
         dx_BD.mul_(2.0 * root_D).addr_(ex_B, beta_D)
         dy_CD.mul_(-2.0 * root_D).addr_(ey_C, beta_D, alpha=-1.0)
-        if ctx.unit:  # y / |y| moves within the sphere only
-            radial_C = (-2.0 * along_CD.sum(1) - ey_C * by_C) * has_direction(y_CD)
-            dy_CD.addcmul_(y_CD, (place * radial_C).unsqueeze(1), value=-1.0).mul_(place.unsqueeze(1))
-        return dx_BD, dy_CD, dsigma_D, dbeta_D, dlmbda, dscale, None, None, None, None
+        return dx_BD, dy_CD, dsigma_D, dbeta_D, dlmbda, dscale, None, None
 
 
 class FusedFull(torch.autograd.Function):
     """Σ = T T' + ε I for lower-triangular T. The prototypes meet T three times, the fewest that give all gradients."""
 
     @staticmethod
-    def forward(ctx, x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, eps, symmetric, unit):
-        place = _placement(y_CD, unit)
-        xc_BD, yc_CD = _placed(x_BD, y_CD, place, unit)
+    def forward(ctx, x_BD, y_CD, tril_DD, beta_D, lmbda, scale, eps, symmetric):
+        shift_D = y_CD.mean(0)
+        xc_BD, yc_CD = x_BD - shift_D, y_CD - shift_D
         bx_B, by_C = torch.mv(xc_BD, beta_D), torch.mv(yc_CD, beta_D)
         tri_y_CD = tri_matmul(yc_CD, tril_DD)
         tri_x_BD = tri_matmul(xc_BD, tril_DD)
@@ -108,19 +90,19 @@ class FusedFull(torch.autograd.Function):
         xx_B1 = (xc_BD * sx_BD).sum(-1, keepdim=True)
         yy_C = tri_y_CD.square().sum(-1) + eps * yc_CD.square().sum(-1)
         q_BC = torch.addmm(yy_C, sx_BD, yc_CD.t(), alpha=-2.0).add_(xx_B1)
-        saved = (x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping, place, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD)
-        return _finish(ctx, q_BC, saved, eps, symmetric, unit)
+        saved = (x_BD, y_CD, tril_DD, beta_D, lmbda, scale, shift_D, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD)
+        return _finish(ctx, q_BC, saved, eps, symmetric)
 
     @staticmethod
-    @_without_autocast
+    @backward_without_autocast
     def backward(ctx, G_BC):
-        *inputs, place, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD, dist_BC = ctx.saved_tensors
+        *inputs, shift_D, bx_B, by_C, tri_x_BD, sx_BD, tri_y_CD, dist_BC = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _plain_gradient(ctx, inputs, G_BC)
-        x_BD, y_CD, tril_DD, beta_D, lmbda, scale, damping = inputs
-        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale, damping)
+        x_BD, y_CD, tril_DD, beta_D, lmbda, scale = inputs
+        g_BC, ex_B, ey_C, dlmbda, dscale = _pull_back(ctx, G_BC, dist_BC, bx_B, by_C, lmbda, scale)
         r_B1, c_C1 = g_BC.sum(1, keepdim=True), g_BC.sum(0).unsqueeze(1)
-        xc_BD, yc_CD = _placed(x_BD, y_CD, place, ctx.unit)
+        xc_BD, yc_CD = x_BD - shift_D, y_CD - shift_D
         dbeta_D = torch.mv(xc_BD.t(), ex_B) - torch.mv(yc_CD.t(), ey_C)
         h_BD = g_BC @ yc_CD
         v_BD = (xc_BD * r_B1).sub_(h_BD)
@@ -132,40 +114,24 @@ class FusedFull(torch.autograd.Function):
         dx_BD = tri_matmul_t(tri_v_BD, tril_DD).add_(v_BD, alpha=ctx.eps).mul_(2.0).addr_(ex_B, beta_D)
         dy_CD = tri_matmul_t(cy_CD, tril_DD).addcmul_(yc_CD, c_C1, value=ctx.eps)
         dy_CD.addmm_(g_BC.t(), sx_BD, alpha=-1.0).mul_(2.0).addr_(ey_C, beta_D, alpha=-1.0)
-        if ctx.unit:
-            radial_C1 = ((yc_CD * dy_CD).sum(1) * has_direction(y_CD)).unsqueeze(1)
-            dy_CD.addcmul_(yc_CD, radial_C1, value=-1.0).mul_(place.unsqueeze(1))
-        return dx_BD, dy_CD, dtril_DD, dbeta_D, dlmbda, dscale, None, None, None, None
+        return dx_BD, dy_CD, dtril_DD, dbeta_D, dlmbda, dscale, None, None
 
 
-def _placement(y_CD: Tensor, unit: bool) -> Tensor:
-    """What moves y into place: 1 / |y| [C] on the sphere, else the common shift [D]."""
-    return inverse_norms(y_CD) if unit else y_CD.mean(0)
-
-
-def _placed(x_BD: Tensor, y_CD: Tensor, place: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """Fresh copies of x and y, centred, or with ``unit`` x as it is and y / |y|."""
-    if unit:
-        return x_BD.clone(), y_CD * place.unsqueeze(1)
-    return x_BD - place, y_CD - place
-
-
-def _finish(ctx, q_BC: Tensor, saved: tuple, eps: float, symmetric: bool, unit: bool) -> Tensor:
+def _finish(ctx, q_BC: Tensor, saved: tuple, eps: float, symmetric: bool) -> Tensor:
     """Output from q (overwritten by its root, the one [B, C] tensor that is kept)."""
-    *_, lmbda, scale, damping = saved[:7]
-    bx_B, by_C = saved[8:10]
+    lmbda, scale, _, bx_B, by_C = saved[4:9]
     dist_BC = q_BC.clamp_min_(0.0).add_(eps).sqrt_()
     ctx.save_for_backward(*saved, dist_BC)
-    ctx.eps, ctx.symmetric, ctx.unit = eps, symmetric, unit
-    term_BC, _ = _one_form(bx_B, by_C, eps, symmetric, damping, slope=False)
+    ctx.eps, ctx.symmetric = eps, symmetric
+    term_BC, _ = _one_form(bx_B, by_C, eps, symmetric, slope=False)
     return term_BC.mul_(lmbda).add_(dist_BC).mul_(scale)
 
 
 def _pull_back(
-    ctx, G_BC: Tensor, dist_BC: Tensor, bx_B: Tensor, by_C: Tensor, lmbda: Tensor, scale: Tensor, damping
+    ctx, G_BC: Tensor, dist_BC: Tensor, bx_B: Tensor, by_C: Tensor, lmbda: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Through the pointwise epilogue: g [B, C], the 1-form's gradients at β'x [B] and -β'y [C], dλ, ds."""
-    term_BC, slope_BC = _one_form(bx_B, by_C, ctx.eps, ctx.symmetric, damping, slope=True)
+    term_BC, slope_BC = _one_form(bx_B, by_C, ctx.eps, ctx.symmetric, slope=True)
     g_term = term_BC.mul_(G_BC).sum()
     g_root = torch.mul(G_BC, dist_BC, out=term_BC).sum()
     dscale = (g_root + lmbda * g_term).reshape(scale.shape)
@@ -177,32 +143,24 @@ def _pull_back(
 
 
 def _one_form(
-    bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, damping: Optional[Tensor], slope: bool
+    bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, slope: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
     """The 1-form term [B, C] and, if asked, its derivative with respect to b = β'(x - y)."""
     b_BC = bx_B[:, None] - by_C
-    if symmetric:
-        h_BC = (b_BC * b_BC).add_(eps).sqrt_()
-        slope_BC = b_BC.div_(h_BC) if slope else None
-    else:
-        h_BC = b_BC
-        slope_BC = torch.ones_like(b_BC) if slope else None
-    if damping is not None:
-        tanh_BC = torch.tanh(0.5 * h_BC)
-        if slope_BC is not None:  # d/dh of (1 - κ) h + 2 κ tanh(h/2) = 1 - κ tanh²(h/2)
-            slope_BC = slope_BC * (1.0 - damping * tanh_BC * tanh_BC)
-        h_BC = torch.lerp(h_BC, 2.0 * tanh_BC, damping)
-    return h_BC, slope_BC
+    if not symmetric:
+        return b_BC, torch.ones_like(b_BC) if slope else None
+    h_BC = (b_BC * b_BC).add_(eps).sqrt_()
+    return h_BC, b_BC.div_(h_BC) if slope else None
 
 
 def _plain_gradient(ctx, inputs: list, G_BC: Tensor) -> tuple:
     """The gradient as a differentiable graph (``create_graph=True``), through the plain GEMM form."""
-    x, y, sigma, beta, lmbda, scale, damping = inputs
+    x, y, sigma, beta, lmbda, scale = inputs
     diagonal, tril = (sigma, None) if sigma.dim() == 1 else (None, sigma)
-    out = scale * gemm_distance(x, y, diagonal, tril, beta, lmbda, ctx.eps, ctx.symmetric, damping, ctx.unit)
+    out = scale * gemm_distance(x, y, diagonal, tril, beta, lmbda, ctx.eps, ctx.symmetric)
     wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
     grads = torch.autograd.grad(out, [inputs[i] for i in wanted], G_BC, create_graph=True)
-    full: list[Optional[Tensor]] = [None] * 10
+    full: list[Optional[Tensor]] = [None] * 8
     for i, grad in zip(wanted, grads, strict=True):
         full[i] = grad
     return tuple(full)

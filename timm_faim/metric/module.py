@@ -16,7 +16,7 @@ from torch.jit import Final
 from .checks import checked_count, checked_number
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
-from .precision import without_autocast
+from .precision import needs_plain_ops, without_autocast
 
 
 class FAIMMetric(nn.Module):
@@ -71,10 +71,6 @@ class FAIMMetric(nn.Module):
             self.L = nn.Parameter(torch.empty(in_features, in_features, **factory))
         else:
             self.log_sigma_diag = nn.Parameter(torch.empty(in_features, **factory))
-        # κ as a tensor (its changes do not recompile) and a flag (the undamped path costs nothing)
-        self.damped = False
-        self.damping_value = 0.0
-        self.register_buffer("damping", torch.zeros(1, **factory), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self, sigma: float = 1.0, beta_std: Optional[float] = None) -> None:
@@ -86,21 +82,12 @@ class FAIMMetric(nn.Module):
                 nn.init.constant_(self.log_sigma_diag, math.log(sigma))
             nn.init.normal_(self.beta, std=math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
             nn.init.constant_(self.lmbda, self.lambda_init)
-            self.damping.fill_(self.damping_value)  # not in the state dict: set here after to_empty()
 
     def reset_to_unit_distance(self, squared: float) -> None:
         """Reset with Σ = σ I, β ~ N(0, σ/D), such that E d_F(x, y) is about 1 for points with E|x - y|² = squared."""
         # d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
         one_form = 1.0 + self.lambda_init * math.sqrt(2.0 / (math.pi * self.in_features))
         self.reset_parameters(sigma=1.0 / (squared * one_form**2))
-
-    @torch.jit.ignore
-    def set_damping(self, value: float) -> None:
-        """Set κ in [0, 1], the damping of the 1-form: 0 is F itself, 1 bounds the smoothed |β'v| by 2."""
-        value = checked_number("damping", value, 0.0, 1.0)
-        self.damped = value > 0
-        self.damping_value = value
-        self.damping.fill_(value)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], in the promoted dtype.
@@ -110,18 +97,15 @@ class FAIMMetric(nn.Module):
         """
         return self.scaled_distance(x, y, None)
 
-    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor], unit: bool = False) -> Tensor:
-        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode.
-
-        With ``unit`` the points y are taken as y / |y|, and x must lie on the unit sphere already.
-        """
+    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
+        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected features [..., {self.in_features}], got shape {list(x.shape)}")
         if y.dim() != 2 or y.shape[-1] != self.in_features:
             raise ValueError(f"expected points y [C, {self.in_features}], got shape {list(y.shape)}")
         if not torch.jit.is_scripting():
-            return without_autocast(self._scaled_distance, x, y, scale, unit)
-        return self._scaled_distance(x, y, scale, unit)
+            return without_autocast(self._scaled_distance, x, y, scale)
+        return self._scaled_distance(x, y, scale)
 
     def norm(self, v: Tensor) -> Tensor:
         """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
@@ -135,7 +119,7 @@ class FAIMMetric(nn.Module):
         out_dtype, dtype = _dtypes(v, self.beta)
         sigma, tril, beta, lmbda = self.tensors(dtype)
         flat = v.to(dtype).reshape(-1, self.in_features)
-        term = one_form_term(torch.mv(flat, beta), self.symmetric, self.eps, self._damping(dtype))
+        term = one_form_term(torch.mv(flat, beta), self.symmetric, self.eps)
         value = torch.sqrt(squared_norm(flat, sigma, tril, self.eps) + self.eps) + lmbda * term
         return value.to(out_dtype).reshape(v.shape[:-1])
 
@@ -144,7 +128,7 @@ class FAIMMetric(nn.Module):
         """d_F(x, y) [B, C] for x [B, D], y [C, D] by the literal formula (the oracle); O(B·C·D) memory."""
         _, _, beta, lmbda = self.tensors(x.dtype)
         sigma = self.sigma().to(x.dtype)
-        return reference_distance(x, y, sigma, beta, lmbda, self.eps, self.symmetric, self._damping(x.dtype))
+        return reference_distance(x, y, sigma, beta, lmbda, self.eps, self.symmetric)
 
     @torch.jit.ignore
     def sigma(self) -> Tensor:
@@ -154,18 +138,19 @@ class FAIMMetric(nn.Module):
             return tril @ tril.t() + self.eps * torch.eye(self.in_features, device=tril.device, dtype=tril.dtype)
         return torch.diag(self.log_sigma_diag.exp() + self.eps)
 
-    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor], unit: bool) -> Tensor:
+    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
         out_dtype, dtype = _dtypes(x, y)
         sigma, tril, beta, lmbda = self.tensors(dtype)
-        damping = self._damping(dtype)
         flat = x.to(dtype).reshape(-1, self.in_features)
         y = y.to(dtype)
         scale = torch.ones_like(lmbda) if scale is None else scale.to(dtype)
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():
-            d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric, damping, unit)
-        else:
-            d = fused_distance(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric, damping, unit)
-        return d.to(out_dtype).reshape(x.shape[:-1] + y.shape[:1])
+        shape = x.shape[:-1] + y.shape[:1]
+        if not torch.jit.is_scripting():  # noqa: SIM102  what follows is not compiled
+            if not needs_plain_ops():
+                d = fused_distance(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric)
+                return d.to(out_dtype).reshape(shape)
+        d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric)
+        return d.to(out_dtype).reshape(shape)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
         """Effective diagonal of Σ or lower-triangular factor, β and λ in ``dtype``."""
@@ -196,12 +181,6 @@ class FAIMMetric(nn.Module):
             half = torch.linalg.solve_triangular(factor, beta.double().unsqueeze(1), upper=False)
             dual = half.square().sum().to(beta.dtype)
         return self._randers_limit * torch.rsqrt(1.0 + lmbda * lmbda * dual)
-
-    def _damping(self, dtype: torch.dtype) -> Optional[Tensor]:
-        damping: Optional[Tensor] = None
-        if self.damped:
-            damping = self.damping.to(dtype)
-        return damping
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, full_sigma={self.full_sigma}, symmetric={self.symmetric}, eps={self.eps:g}"

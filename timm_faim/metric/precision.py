@@ -1,6 +1,7 @@
-"""The precision policy's one switch: distances are not computed under autocast."""
+"""How a call runs: without autocast, and whether hand-written autograd nodes may serve it."""
 
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -14,3 +15,23 @@ def without_autocast(function: Callable[..., Any], x: Tensor, *args: Any) -> Any
         return function(x, *args)
     with torch.autocast(device_type, enabled=False):
         return function(x, *args)
+
+
+def backward_without_autocast(backward: Callable) -> Callable:
+    """Keep the precision of the forward pass when ``backward()`` is called inside an autocast region."""
+
+    @wraps(backward)
+    def run(ctx, G):
+        return without_autocast(partial(backward, ctx), G)
+
+    return run
+
+
+def needs_plain_ops() -> bool:
+    """Whether only differentiable PyTorch operations will do: under torch.compile and export, the transforms of
+    torch.func (grad, vmap, jvp, ...) and forward-mode differentiation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

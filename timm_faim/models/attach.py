@@ -76,8 +76,9 @@ class FAIMModelMixin:
 
     @property
     def _model_args(self) -> dict:
-        """timm's record of the creation arguments, with ``faim_cfg`` completed by the defaults in force."""
-        return {**self.__dict__.get("_timm_model_args", {}), "faim_cfg": dict(self.faim_cfg)}
+        """timm's record of the arguments that shape the model, with ``faim_cfg`` completed by the defaults in force."""
+        recorded = {k: v for k, v in self.__dict__.get("_timm_model_args", {}).items() if k != "pretrained_head"}
+        return recorded | {"faim_cfg": dict(self.faim_cfg)}
 
     @_model_args.setter
     def _model_args(self, value: dict) -> None:

@@ -161,8 +161,9 @@ def check_classes(heads: Mapping[str, StateDict], num_classes: int) -> None:
             )
 
 
-def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
-    """Load head weights where the number of classes agrees; otherwise the head stays fresh, with one log line.
+def load_heads(model: nn.Module, heads: dict[str, StateDict], keeps: bool = True) -> None:
+    """Load head weights where the number of classes agrees; otherwise, or where ``keeps`` is False, the head stays
+    fresh, with one log line, and has centre and metric of the weights.
 
     Raises:
         RuntimeError: the same number of classes but other heads, parameters or shapes, e.g. another ``full_sigma``.
@@ -174,7 +175,7 @@ def load_heads(model: nn.Module, heads: dict[str, StateDict]) -> None:
     for name, head in faim_heads(model).items():
         saved = heads.get(name)
         classes = len(saved["mu"]) if saved is not None and saved["mu"].dim() == 2 else 0
-        if classes != head.num_classes:
+        if classes != head.num_classes or not keeps:
             found = f"{classes} classes" if classes else "no such head"
             kept = "; centre and metric are the checkpoint's" if head.take_frame(saved or {}) else ""
             _logger.info(

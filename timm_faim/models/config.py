@@ -6,22 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from timm_faim.block.chart import BASES
-from timm_faim.head import FAIMHead
+from timm_faim.head import DEFAULT_PRESET, PRESETS, FAIMHead
 
 PREFIX = "faim_"  # of the twins' names
 _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,
                   "block_shared": False}  # fmt: skip
-# Values that differ from the arguments' defaults, by recipe. "indicatrix" is what benchmarks/accuracy found best.
-RECIPES: dict[str, dict[str, Any]] = {
-    "indicatrix": {"normalize": True, "indicatrix": True, "full_sigma": True, "learn_metric": False,
-                   "lambda_init": 0.0, "scale_init": 16.0, "margin": 0.2},
-    "plain": {},
-    "seed": {"init": "seed"},
-}  # fmt: skip
-DEFAULT_RECIPE = "indicatrix"
-_BEFORE_RECIPES = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init", "normalize", "learn_scale",
-                   "damping", "prior", "margin", "eps"}  # fmt: skip
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
+# Of completed configs that were saved before `space`; "recipe" came later than the others.
+_EARLIER_KEYS = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init", "normalize", "learn_scale", "damping",
+                 "prior", "margin", "eps"}  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> Optional[str]:
@@ -42,46 +35,54 @@ def block_options() -> dict[str, Any]:
 
 def of_heads(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
     """The keys of a ``faim_cfg`` that are arguments of FAIMHead."""
-    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "recipe"}
+    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "preset"}
 
 
 def may_be_converted(faim_cfg: Mapping[str, Any]) -> bool:
-    """Whether a resolved ``faim_cfg`` is one that :func:`timm_faim.convert` leaves: recipe "plain" with λ = 0."""
-    return faim_cfg["recipe"] == "plain" and faim_cfg["lambda_init"] == 0
+    """Whether a resolved ``faim_cfg`` is one that :func:`timm_faim.convert_` leaves: preset "flat" with λ = 0."""
+    return faim_cfg["preset"] == "flat" and faim_cfg["lambda_init"] == 0
 
 
 def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
-    """``faim_cfg`` completed with its recipe and the defaults, so that a saved config does not depend on later ones.
+    """``faim_cfg`` completed with its preset and the defaults, so that a saved config does not depend on later ones.
 
-    ``recipe`` names a preset of :data:`RECIPES` (default "indicatrix"); other keys win over it.
+    ``preset`` names one of :data:`timm_faim.head.PRESETS` (default "indicatrix"); other keys win over it.
 
     Raises:
         TypeError: not a mapping, or a value of another type than the default's.
-        ValueError: an unknown key or recipe; the message names the nearest known one.
+        ValueError: an unknown key or preset; the message names the nearest known one.
     """
-    if isinstance(faim_cfg, Mapping) and "recipe" not in faim_cfg and faim_cfg.keys() >= _BEFORE_RECIPES:
-        faim_cfg = {"recipe": "plain", **faim_cfg}  # a completed config that was saved before there were recipes
-    options = {"recipe": DEFAULT_RECIPE} | head_options() | block_options()
-    faim_cfg = {} if faim_cfg is None else faim_cfg
-    if not isinstance(faim_cfg, Mapping):
+    if faim_cfg is not None and not isinstance(faim_cfg, Mapping):
         raise TypeError(f"faim_cfg must be a dict of options, got {type(faim_cfg).__name__}")
-    for key, value in faim_cfg.items():
+    given = dict(faim_cfg or {})
+    if given.keys() >= _EARLIER_KEYS:
+        given = _modernised(given)
+    options = {"preset": DEFAULT_PRESET} | head_options() | block_options()
+    for key, value in given.items():
         if key not in options:
             near = nearest(key, options)
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
         options[key] = _checked(key, value, options[key])
-    recipe = RECIPES.get(options["recipe"])
-    if recipe is None:
-        raise ValueError(f"faim_cfg['recipe'] must be one of {', '.join(RECIPES)}, got {options['recipe']!r}")
-    options.update({key: value for key, value in recipe.items() if key not in faim_cfg})
-    if not options["normalize"] and "indicatrix" not in faim_cfg:
-        options["indicatrix"] = False
+    if options["preset"] not in PRESETS:
+        raise ValueError(f"faim_cfg['preset'] must be one of {', '.join(PRESETS)}, got {options['preset']!r}")
+    options.update({key: value for key, value in PRESETS[options["preset"]].items() if key not in given})
     if options["blocks"] < 0:
         raise ValueError(f"faim_cfg['blocks'] must be >= 0, got {options['blocks']}")
     if options["block_base"] not in BASES:
         raise ValueError(f"faim_cfg['block_base'] must be one of {BASES}, got {options['block_base']!r}")
     return options
+
+
+def _modernised(saved: dict[str, Any]) -> dict[str, Any]:
+    """A completed config that was saved with `normalize` and `indicatrix` in place of `space`."""
+    now = {key: value for key, value in saved.items() if key not in ("recipe", "normalize", "indicatrix", "damping")}
+    flat = not saved["normalize"]
+    now["space"] = "flat" if flat else "indicatrix" if saved.get("indicatrix") else "sphere"
+    if not flat and saved["init"] == "seed":
+        now["init"] = "scaled"
+    preset = {"seed": "founding", "plain": "flat"}.get(saved.get("recipe", "plain"), DEFAULT_PRESET)
+    return {"preset": preset, "learn_metric": True} | now
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:

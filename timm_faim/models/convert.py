@@ -21,7 +21,7 @@ Batch = Union[Tensor, Sequence[Tensor]]
 _MAX_FEATURES = 1024  # kept for a head: few numbers are measured, and heads on tokens see hundreds an image
 
 
-def convert(
+def convert_(
     model: nn.Module,
     batches: Union[None, Tensor, Iterable[Batch]] = None,
     faim_cfg: Optional[Mapping[str, Any]] = None,
@@ -54,7 +54,7 @@ def convert(
                          "timm_faim.from_linear")  # fmt: skip
     if faim_heads(model):
         raise ValueError(f"{arch} has FAIM heads already: {', '.join(faim_heads(model))}")
-    options = resolve_faim_cfg({"recipe": "plain", **(faim_cfg or {})})
+    options = resolve_faim_cfg({"preset": "flat", **(faim_cfg or {})})
     if reason := contradiction(faim_cfg or {}):
         raise ValueError(f"faim_cfg {reason}")
     if options["blocks"]:

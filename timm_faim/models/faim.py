@@ -37,12 +37,13 @@ from .checkpoint import (
     split_heads,
 )
 from .config import PREFIX, of_heads, resolve_faim_cfg
-from .convert import convert
+from .convert import convert_
 from .published import Entry, published
 from .saved import SOURCES, check_source
 
 _logger = logging.getLogger(__name__)
 
+PRETRAINED_HEADS = ("keep", "fresh")
 default_cfgs: dict[str, DefaultCfg] = {}  # the name that timm's register_model looks up
 __all__: list[str] = []  # register_model appends the entry names
 
@@ -67,7 +68,7 @@ def _register_twin(arch: str) -> None:
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = __name__
-    entry.__doc__ = f"timm's {arch} with FAIM heads; ``faim_cfg`` takes the head options."
+    entry.__doc__ = f"timm's {arch} with FAIM heads; ``faim_cfg`` takes their options."
     setattr(sys.modules[__name__], name, entry)
     cfgs = _backbone_cfgs(arch) | {tag: entry.cfg() for tag, entry in published().get(name, {}).items()}
     if cfgs:
@@ -100,14 +101,20 @@ def _create(
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
     faim_cfg: Optional[dict[str, Any]] = None,
+    pretrained_head: str = "keep",
     **kwargs: Any,
 ) -> nn.Module:
     """Build timm's model, weights loaded into timm's own layers first, then put FAIM heads in place of classifiers.
 
-    Where the weights bring their classifier along, the heads are converted from it; otherwise they start fresh.
+    With ``pretrained_head="keep"`` weights for as many classes as the model's bring their head along: a FAIM head as it
+    is, a linear classifier converted in closed form. With ``"fresh"``, and for other classes, heads start as
+    ``faim_cfg`` says.
     """
+    if pretrained_head not in PRETRAINED_HEADS:
+        raise ValueError(f"pretrained_head must be one of {PRETRAINED_HEADS}, got {pretrained_head!r}")
+    keeps = pretrained_head == "keep"
     if isinstance(pretrained_cfg, str) and (entry := published().get(PREFIX + arch, {}).get(pretrained_cfg)):
-        return _create_published(arch, entry, pretrained, pretrained_cfg_overlay, faim_cfg, **kwargs)
+        return _create_published(arch, entry, pretrained, pretrained_cfg_overlay, faim_cfg, keeps, **kwargs)
     given_cfg, faim_cfg = faim_cfg, resolve_faim_cfg(faim_cfg)
     num_classes = kwargs.get("num_classes")
     if num_classes is not None and num_classes < 0:
@@ -118,7 +125,7 @@ def _create(
         check_source(PREFIX + arch, source, given | kwargs.get("pretrained_model_args", {}))
     state_dict = read_faim_state_dict(source, kwargs.get("cache_dir")) if pretrained else None
     if state_dict is not None:
-        return _create_from_checkpoint(arch, source, state_dict, faim_cfg, **kwargs)
+        return _create_from_checkpoint(arch, source, state_dict, faim_cfg, keeps, **kwargs)
 
     # a tag is handed on as the string: some models compare it
     model = model_entrypoint(arch)(
@@ -128,9 +135,11 @@ def _create(
         return insert_charts(model, arch, faim_cfg, kwargs)
     if num_classes is None:
         _say_default_classes(model, arch)
-    why_not = _not_convertible(model, arch, given_cfg) if pretrained else "no weights"
+    why_not = _not_convertible(model, arch, keeps) if pretrained else "no weights"
     if why_not is None:
-        return insert_charts(convert(model, faim_cfg=of_heads(given_cfg)), arch, faim_cfg, kwargs)
+        if reason := contradiction(given_cfg or {}):
+            raise ValueError(f"faim_cfg {reason}, or start a fresh head with pretrained_head='fresh'")
+        return insert_charts(convert_(model, faim_cfg=of_heads(given_cfg)), arch, faim_cfg, kwargs)
     _attach(model, arch, faim_cfg)
     insert_charts(model, arch, faim_cfg, kwargs)
     if pretrained and model.num_classes > 0:
@@ -139,8 +148,10 @@ def _create(
     return model
 
 
-def _not_convertible(model: nn.Module, arch: str, given_cfg: Optional[dict[str, Any]]) -> Optional[str]:
-    """Why a model with its weights loaded cannot keep their classes as a FAIM head; None if it can."""
+def _not_convertible(model: nn.Module, arch: str, keeps: bool) -> Optional[str]:
+    """Why a model with its weights loaded does not keep their classes as a FAIM head; None if it does."""
+    if not keeps:
+        return "as asked for by pretrained_head='fresh'"
     classes = model.pretrained_cfg.get("num_classes")
     if model.num_classes != classes:
         return f"the weights have {classes} classes, the model {model.num_classes}"
@@ -148,12 +159,11 @@ def _not_convertible(model: nn.Module, arch: str, given_cfg: Optional[dict[str, 
         return "the weights have no classes"
     if next(model.parameters()).is_meta:
         return "the weights are on the meta device"
-    reason = contradiction(given_cfg or {})
-    return None if reason is None else f"faim_cfg {reason} to convert the weights' own classifier"
+    return None
 
 
 def _create_from_checkpoint(
-    arch: str, source: PretrainedCfg, state_dict: dict[str, Any], faim_cfg: dict[str, Any], **kwargs: Any
+    arch: str, source: PretrainedCfg, state_dict: dict[str, Any], faim_cfg: dict[str, Any], keeps: bool, **kwargs: Any
 ) -> nn.Module:
     backbone, charts = split_charts(state_dict)
     backbone, heads = split_heads(backbone)
@@ -173,7 +183,7 @@ def _create_from_checkpoint(
     model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())
     _attach(model, arch, faim_cfg)
     check_backbone(model, backbone, strict=model.num_classes == source.num_classes)
-    load_heads(model, heads)
+    load_heads(model, heads, keeps)
     insert_charts(model, arch, faim_cfg, kwargs)
     load_charts(model, charts)
     return model
@@ -181,7 +191,7 @@ def _create_from_checkpoint(
 
 def _create_published(
     arch: str, entry: Entry, pretrained: bool, overlay: Optional[dict[str, Any]], faim_cfg: Optional[dict[str, Any]],
-    **kwargs: Any,
+    keeps: bool, **kwargs: Any,
 ) -> nn.Module:
     """The model of an entry of hub_configs/, as it was trained unless the arguments say otherwise."""
     saved = {"num_classes": entry.num_classes, "faim_cfg": None, **entry.model_args}
@@ -191,7 +201,8 @@ def _create_published(
     names = entry.label_names()
     source = replace(entry.cfg(), label_names=tuple(names) if names else None, **(overlay or {}))
     if pretrained:
-        return _create_from_checkpoint(arch, source, read_published(entry, kwargs.get("cache_dir")), faim_cfg, **kwargs)
+        weights = read_published(entry, kwargs.get("cache_dir"))
+        return _create_from_checkpoint(arch, source, weights, faim_cfg, keeps, **kwargs)
     model = model_entrypoint(arch)(pretrained=False, pretrained_cfg=source.to_dict(), **kwargs)
     if not kwargs.get("features_only"):
         _attach(model, arch, faim_cfg)

@@ -42,9 +42,8 @@ def parse_losses(words: Sequence[str]) -> dict[str, float]:
 
 
 def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
-    """A loss by its name in --contrastive, sharing the head's metric."""
-    on_sphere = head.normalize and head.center is None  # features of the indicatrix come embedded, see below
-    common = {"metric": head.metric, "normalize": on_sphere, "cross_rank": True, "check_finite": False}
+    """A loss by its name in --contrastive, between the points that the head makes of features."""
+    common = {"metric": head, "cross_rank": True, "check_finite": False}
     if name == "triplet":
         return FAIMTripletLoss(margin=args.contrastive_margin, **common)
     if name == "npair":
@@ -105,9 +104,7 @@ class ContrastiveTask(ClassificationTask):
         if features is None:
             raise UserError("--contrastive needs the input of the FAIM head, which this model does not call. Choose "
                             "another model")
-        head = self._head[0]
-        features = pooled(features, head.in_features)
-        return features if head.center is None else head.embed(features)
+        return pooled(features, self._head[0].in_features)
 
 
 class Views:

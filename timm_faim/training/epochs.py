@@ -6,7 +6,6 @@ from typing import Any
 
 from timm.utils import distribute_bn
 
-from timm_faim import set_damping
 from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
@@ -33,17 +32,12 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
         UserError: a loss that is not finite, unreadable data; what is saved so far is kept.
     """
     args, progress = run.args, run.progress
-    damping = getattr(run.model, "faim_cfg", {}).get("damping", 0.0)
     if run.accelerator.is_main_process:
         cut_summary(run.run_folder / "summary.csv", progress.epoch)
     last = epochs if args.stop_epoch is None else min(epochs, args.stop_epoch)
     try:
         while progress.epoch < last:
-            if args.damp_epochs:
-                set_damping(run.model, max(damping, 1 - progress.epoch / args.damp_epochs))
             trained = train_one_epoch(run)
-            if args.damp_epochs:
-                set_damping(run.model, damping)  # evaluate what a saved and reopened model computes
             if trained is not None:
                 finish_epoch(run, trained, val_loader, image_loaders, epochs, log)
             if run.is_stopping and progress.epoch < last:

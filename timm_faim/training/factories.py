@@ -14,7 +14,7 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_faim import faim_heads, fit_heads
+from timm_faim import faim_heads, fit_
 from timm_faim.models import may_be_converted
 from timm_faim.training.args import loss_name
 from timm_faim.training.errors import MODEL_ERRORS, UserError, did_you_mean
@@ -56,6 +56,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
             raise UserError(f"{flag} {path} is no file")
     set_fast_norm(args.fast_norm)
     given = dict(args.model_kwargs, num_classes=num_classes, faim_cfg=_faim_options(args))
+    if args.pretrained_head != "keep":
+        given["pretrained_head"] = args.pretrained_head
     given.update((key, getattr(args, option)) for option, key in ARGUMENTS.items() if getattr(args, option) is not None)
     if args.pretrained_path:  # -1 classes: the classifier is left out unless it fits, as with timm's own weights
         given["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
@@ -121,7 +123,7 @@ def _centre_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
         if ":" not in args.model and converted and head.prior.any():
             raise UserError(f"{args.model}: its weights' own classifier became the head, which keeps the differences "
                             f"between logits but not their signs, as the {loss_name(args)} loss needs them. Use --loss "
-                            "ce, or start a fresh head with --faim-cfg normalize=True")
+                            "ce, or start a fresh head with --pretrained-head fresh")
         if not head.prior.any():
             head.prior.fill_(float(head.gamma()) * head.initial_distance() - math.log(max(1, head.num_classes - 1)))
 
@@ -177,7 +179,7 @@ def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator,
         UserError: what the fit says of the features (NaN, all equal).
     """
     try:
-        fit_heads(model, batches, device=accelerator.device)
+        fit_(model, batches, device=accelerator.device)
     except ValueError as e:
         raise UserError(f"{flag}: {e}") from e
 

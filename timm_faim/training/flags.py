@@ -14,7 +14,7 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.numbers import MANY, SHARE, Number, above, real, whole
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages", "freeze_gamma",
+FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages", "freeze_gamma",
              "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature",
              "contrastive_margin", "contrastive_stages")
 
@@ -128,6 +128,9 @@ def _model(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="faim_resnet50", metavar="NAME", help="a timm name with the prefix faim_, or without it")
     add("--pretrained", action=_Flag, default=False, help="start from timm's pretrained weights")
+    add("--pretrained-head", default="keep", choices=("keep", "fresh"),
+        help="what becomes of the classes of pretrained weights that have as many as the data: kept (a linear "
+             "classifier is converted in closed form), or a fresh head (default: keep)")
     add("--pretrained-path", metavar="FILE", help="start from this file as if it were the pretrained weights")
     add("--initial-checkpoint", default="", metavar="FILE", help="load these weights into the new model")
     add("--num-classes", type=whole(1, 10_000_000), metavar="N", help="number of classes (default: that of the data)")

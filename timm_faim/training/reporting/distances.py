@@ -60,7 +60,7 @@ class HeadDistances:
     def parts(self, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Riemannian part sqrt(v'Σv + ε) [N] and 1-form part [N] of d_F(x, μ_k), which sum to it.
 
-        The 1-form part is λ|β'v| with the metric's smoothing and damping; of a Randers metric it has a sign.
+        The 1-form part is λ|β'v| with the metric's smoothing; of a Randers metric it has a sign.
 
         Args:
             features: x [N, D] as `head_features` gives them.
@@ -71,7 +71,7 @@ class HeadDistances:
         metric = self.metric
         sigma, tril, beta, lmbda = metric.tensors(torch.float64)
         riemannian = torch.sqrt(squared_norm(v, sigma, tril, metric.eps) + metric.eps)
-        term = one_form_term(torch.mv(v, beta), metric.symmetric, metric.eps, metric._damping(torch.float64))
+        term = one_form_term(torch.mv(v, beta), metric.symmetric, metric.eps)
         return riemannian, lmbda * term
 
     @torch.no_grad()
