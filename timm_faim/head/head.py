@@ -193,9 +193,10 @@ class FAIMHead(nn.Module):
 
     def _scaled_distances(self, x: Tensor) -> Tensor:
         """-γ d_F(x, μ_k) [..., C]."""
-        z = self._embed(x)
+        z = self._framed(x)
         if not self.cosine:
-            return self.metric.scaled_distance(z, self.project(self.mu), -self.gamma())
+            return self.metric.scaled_distance(self.project(z), self.project(self.mu), -self.gamma())
+        z = z.to(torch.promote_types(torch.promote_types(z.dtype, self.mu.dtype), torch.float32))
         flat = z.reshape(-1, self.in_features)
         logits = cosine_logits(flat, self.mu.to(z.dtype), self.gamma().to(z.dtype), self.metric.eps)
         return logits.reshape(z.shape[:-1] + logits.shape[1:])
@@ -207,11 +208,15 @@ class FAIMHead(nn.Module):
         return self._embed(x)
 
     def _embed(self, x: Tensor) -> Tensor:
+        return self.project(self._framed(x))
+
+    def _framed(self, x: Tensor) -> Tensor:
+        """(x - c) A, or x where there is no frame."""
         if self.center is not None and self.whiten is not None:
             wide = torch.promote_types(torch.promote_types(x.dtype, self.whiten.dtype), torch.float32)
             x, whiten = x.to(wide) - self.center.to(wide), self.whiten.to(wide)
             x = x @ whiten if self.full_sigma else x * whiten
-        return self.project(x)
+        return x
 
     @torch.jit.ignore
     def sigma(self) -> Tensor:

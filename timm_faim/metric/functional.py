@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .triangular import tri_matmul, tri_matmul_t
 
+LARGEST_INVERSE = 1e4  # of a norm; the bound keeps the gradient at a zero vector small
+
 
 def one_form_term(b: Tensor, symmetric: bool, eps: float) -> Tensor:
     """The 1-form part of F before λ: smoothed |b| (symmetric) or b itself (Randers). Any shape."""
@@ -88,13 +90,8 @@ def gemm_distance(
 
 
 def inverse_norms(y_CD: Tensor) -> Tensor:
-    """1 / max(|y|, 1e-4) [...] of vectors y [..., D]: the bound keeps the gradient at a zero vector small."""
+    """1 / |y| [...] of vectors y [..., D], at most 1e4."""
     return 1.0 / torch.linalg.vector_norm(y_CD, dim=-1).clamp_min(1e-4)
-
-
-def has_direction(y_CD: Tensor) -> Tensor:
-    """1 where :func:`inverse_norms` is 1 / |y|, 0 where its bound is in force and does not follow y [C]."""
-    return (torch.linalg.vector_norm(y_CD, dim=-1) >= 1e-4).to(y_CD.dtype)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
