@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from timm_faim import FAIMBlock, FAIMChart, FAIMMetric, exp_map, log_map, set_damping
+from timm_faim import FAIMBlock, FAIMChart, FAIMMetric, exp_map, log_map
 
 D = 6
 FORMS = [(full, symmetric) for full in (False, True) for symmetric in (True, False)]
@@ -141,16 +141,6 @@ def test_half_precision_is_rounded_once(dtype):
     assert torch.equal(log_map(x, p, metric), exact.to(dtype))
     with torch.autocast("cpu", dtype):
         assert torch.equal(log_map(x, p, metric), exact.to(dtype))
-
-
-def test_damping_fades_the_1_form_out():
-    metric, x, p = make(eps=0.0)
-    set_damping(metric, 1.0)
-    damped = log_map(x, p, metric)
-    set_damping(metric, 0.0)
-    with torch.no_grad():
-        metric.lmbda.zero_()
-    assert torch.equal(damped, log_map(x, p, metric))
 
 
 def test_widths_are_checked():

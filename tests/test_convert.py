@@ -6,12 +6,12 @@ import logging
 import pytest
 import timm
 import torch
-from cases import SIGMAS
+from cases import SIGMAS, flat
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from timm_faim import FAIMHead, agreement, convert, faim_heads, from_linear, to_linear
+from timm_faim import FAIMHead, agreement, convert_, faim_heads, from_linear, to_linear
 from timm_faim.head.convert import estimated_norm, probe_features
 from timm_faim.models.attach import classifier_layers
 from timm_faim.models.convert import _classifier_inputs
@@ -246,7 +246,7 @@ def test_round_trip(C, D, calibrated):
 
 @pytest.mark.parametrize("full", SIGMAS)
 def test_to_linear_keeps_the_argmax_of_any_head_without_prior(full):
-    head = FAIMHead(64, 30, lambda_init=0.0, full_sigma=full, dtype=torch.float64)
+    head = flat(64, 30, lambda_init=0.0, full_sigma=full, dtype=torch.float64)
     with torch.no_grad():
         for parameter in (head.metric.L, head.metric.log_sigma_diag):
             if parameter is not None:
@@ -258,8 +258,8 @@ def test_to_linear_keeps_the_argmax_of_any_head_without_prior(full):
     assert agreement(head, to_linear(head, x), x)["kl"] < agreement(head, linear, x)["kl"]
 
 
-def test_to_linear_of_a_normalised_head():
-    head = FAIMHead(64, 10, lambda_init=0.0, normalize=True, dtype=torch.float64)
+def test_to_linear_of_a_head_on_the_sphere():
+    head = FAIMHead(64, 10, space="sphere", dtype=torch.float64)
     x = torch.randn(500, 64, dtype=torch.float64) * 3.0
     linear = to_linear(head, x)
     assert torch.equal(linear(x).argmax(-1), head(x).argmax(-1))
@@ -269,22 +269,18 @@ def test_to_linear_of_a_normalised_head():
 
 def test_to_linear_says_why_it_cannot():
     with pytest.raises(ValueError, match="λ = 0.1 has a 1-form.*lambda_init=0"):
-        to_linear(FAIMHead(8, 3))
-    head = FAIMHead(8, 3, lambda_init=0.0, normalize=True)
-    with torch.no_grad():
-        head.metric.log_sigma_diag[0] += 1.0
-    with pytest.raises(ValueError, match="normalize=True with a Σ .* away from a multiple of the identity"):
-        to_linear(head)
+        to_linear(flat(8, 3))
     with pytest.raises(ValueError, match=r"features \[N, 8\].*\[4, 7\]"):
-        to_linear(FAIMHead(8, 3, lambda_init=0.0), torch.ones(4, 7))
+        to_linear(FAIMHead(8, 3), torch.ones(4, 7))
 
 
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        (dict(normalize=True), "normalize=True.*leave normalize out"),
+        (dict(space="sphere"), "space='sphere'.*leave space out"),
+        (dict(preset="indicatrix"), "preset='indicatrix'.*becomes a head of preset 'flat'; leave preset out"),
         (dict(lambda_init=0.1), "lambda_init=0.1.*leave lambda_init out"),
-        (dict(init="seed"), "init='seed'.*leave init out"),
+        (dict(preset="flat", init="seed"), "init='seed'.*leave init out"),
         (dict(scale_init=24.0), "scale_init=24.0.*leave scale_init out"),
         (dict(eps=1.0), "eps=1.0.*leave eps out"),
     ],
@@ -293,15 +289,17 @@ def test_options_that_contradict_a_conversion(cfg, message, caplog):
     with pytest.raises(ValueError, match=message):
         from_linear(layer(5, 8), faim_cfg=cfg)
     with pytest.raises(ValueError, match=message):
-        convert(timm.create_model("test_vit"), faim_cfg=cfg)
+        convert_(timm.create_model("test_vit"), faim_cfg=cfg)
     caplog.set_level(logging.INFO, "timm_faim")
     state_dict = trained("test_vit", 7).state_dict()
     overlay = dict(state_dict=state_dict, num_classes=7)
-    model = timm.create_model("faim_test_vit", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay,
-                              faim_cfg=cfg)  # fmt: skip
+    given = dict(pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+    with pytest.raises(ValueError, match=f"{message}.* or start a fresh head with pretrained_head='fresh'"):
+        timm.create_model("faim_test_vit", faim_cfg=cfg | {"preset": cfg.get("preset", "flat")}, **given)
+    model = timm.create_model("faim_test_vit", faim_cfg={"preset": "flat"} | cfg, pretrained_head="fresh", **given)
     assert model.faim_cfg[next(iter(cfg))] == next(iter(cfg.values()))
     (record,) = caplog.records
-    assert "head starts fresh: faim_cfg" in record.getMessage() and f"{next(iter(cfg))}=" in record.getMessage()
+    assert "head starts fresh: as asked for by pretrained_head='fresh'" in record.getMessage()
 
 
 def test_bad_layers_and_features():
@@ -365,7 +363,7 @@ def test_convert_save_and_reopen(arch, calibrated, tmp_path, caplog):
     parameters = model.get_parameter(next(n for n, _ in model.named_parameters()))
     caplog.set_level(logging.INFO, "timm_faim")
     model.train()
-    assert convert(model, [x, (x, torch.zeros(3))] if calibrated else None) is model
+    assert convert_(model, [x, (x, torch.zeros(3))] if calibrated else None) is model
     assert model.training and all(module.training for module in model.modules())
     model.eval()
     (record,) = caplog.records
@@ -392,7 +390,7 @@ def test_a_prior_in_one_head_is_a_prior_in_all(tmp_path):
     model = trained("crossvit_tiny_240", 150)  # branches of 96 and 192 features
     x = images(model)
     expected = model(x)
-    convert(model)
+    convert_(model)
     assert model.faim_cfg["prior"] and all(head.prior is not None for head in faim_heads(model).values())
     assert (model(x).log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 0.5
     save_for_hf(model, tmp_path, safe_serialization=True)
@@ -402,12 +400,12 @@ def test_a_prior_in_one_head_is_a_prior_in_all(tmp_path):
 def test_one_tensor_of_images_is_one_batch():
     model = trained("test_vit", 5)
     x = images(model)
-    heads = [convert(copy.deepcopy(model), batches).head for batches in (x, [x])]
+    heads = [convert_(copy.deepcopy(model), batches).head for batches in (x, [x])]
     assert all(torch.equal(heads[0].state_dict()[name], heads[1].state_dict()[name]) for name in ("mu", "scale"))
 
 
 def test_options_reach_the_converted_heads():
-    model = convert(trained("test_resnet", 5), faim_cfg=dict(margin=0.2, full_sigma=True))
+    model = convert_(trained("test_resnet", 5), faim_cfg=dict(margin=0.2, full_sigma=True))
     assert model.fc.margin == 0.2 and model.fc.metric.full_sigma and model.faim_cfg["margin"] == 0.2
 
 
@@ -415,25 +413,25 @@ def test_a_head_that_evaluation_does_not_reach_is_converted_from_its_weights(cap
     model = trained("test_vit", 5)
     model.extra = nn.Linear(64, 5)
     model.pretrained_cfg["classifier"] = ("head", "extra")
-    convert(model, [images(model)])
+    convert_(model, [images(model)])
     assert "'extra' is not reached" in caplog.text and set(faim_heads(model)) == {"head", "extra"}
 
 
 def test_models_that_cannot_be_converted():
     with pytest.raises(ValueError, match="Linear is no classification model of timm's.*from_linear"):
-        convert(nn.Linear(8, 5))
+        convert_(nn.Linear(8, 5))
     with pytest.raises(ValueError, match="faim_test_vit has FAIM heads already: head"):
-        convert(timm.create_model("faim_test_vit", num_classes=5))
+        convert_(timm.create_model("faim_test_vit", num_classes=5))
     with pytest.raises(ValueError, match="test_vit has no classifier.*classes"):
-        convert(timm.create_model("test_vit", num_classes=0))
+        convert_(timm.create_model("test_vit", num_classes=0))
     with pytest.raises(ValueError, match="batches hold no images"):
-        convert(trained("test_vit", 5), [])
+        convert_(trained("test_vit", 5), [])
     with pytest.raises(ValueError, match="'full_sgima'.*'full_sigma'"):
-        convert(trained("test_vit", 5), faim_cfg=dict(full_sgima=True))
+        convert_(trained("test_vit", 5), faim_cfg=dict(full_sgima=True))
     broken = trained("test_vit", 5)
     nn.init.constant_(broken.head.weight, torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        convert(broken)
+        convert_(broken)
     assert isinstance(broken.head, nn.Linear) and not hasattr(broken, "faim_cfg")
 
 
@@ -465,7 +463,7 @@ def test_pretrained_embeddings_are_no_classes(caplog):
     for kwargs in ({}, dict(num_classes=512)):
         overlay = dict(state_dict=state_dict, num_classes=512, tag="clip")
         model = timm.create_model("faim_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-        assert model.faim_cfg["recipe"] == "indicatrix" and model.head.normalize
+        assert model.faim_cfg["preset"] == "indicatrix" and model.head.space == "indicatrix"
         assert caplog.text.count("head starts fresh: the weights have no classes") == 1
         caplog.clear()
 

@@ -8,14 +8,24 @@ import sys
 
 import pytest
 import torch
-from cases import FORMS, random_metric
+from cases import FORMS, flat, random_metric
 from loss_formulas import LOSSES, MATRIX_LOSSES, TEMPERATURE, build, mined, oracle, relative_error
 from test_metric import LargestAllocation
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMMarginLoss, FAIMMetric, FAIMNPairLoss, FAIMTripletLoss
+from timm_faim import (
+    PRESETS,
+    FAIMHead,
+    FAIMInfoNCELoss,
+    FAIMMarginLoss,
+    FAIMMetric,
+    FAIMNPairLoss,
+    FAIMTripletLoss,
+    fit_,
+)
+from timm_faim.head import SPACES
 from timm_faim.losses import base, pairs
 
 D = 5
@@ -277,7 +287,7 @@ def test_compile(name):
 
 @each_loss
 def test_a_shared_metric_belongs_to_the_head(name):
-    head = FAIMHead(D, 4)
+    head = flat(D, 4)
     loss = build(name, head.metric)
     assert not list(loss.parameters()) and not loss.state_dict() and not list(loss.children())
     x, given = arguments("own", 0, torch.float32)
@@ -381,20 +391,21 @@ def test_references_that_are_the_embeddings_are_themselves_no_positives():
 # The margin loss
 
 @each_form
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("counts", [None, [5, 80, 3, 16]])
-def test_margin_loss_is_its_formula(full, symmetric, normalize, counts):
-    head = FAIMHead(D, 4, full_sigma=full, symmetric=symmetric, normalize=normalize, prior=True, dtype=torch.float64)
+def test_margin_loss_is_its_formula(full, symmetric, space, counts):
+    options = dict(full_sigma=full, symmetric=symmetric, learn_metric=True, lambda_init=0.2, prior=True)
+    head = FAIMHead(D, 4, space=space, **options, dtype=torch.float64)
+    learning = [p for p in head.parameters() if p.requires_grad]
     for seed in range(3):
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in head.parameters():
+            for parameter in learning:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         x, labels = torch.randn(7, D, dtype=torch.float64, requires_grad=True), torch.randint(4, (7,))
         loss = FAIMMarginLoss(head=head, margin=0.4, class_counts=counts)
         value = loss(x, labels)
-        points, mu = (F.normalize(t, dim=1) if normalize else t for t in (x, head.mu))
-        d = head.metric.reference(points, mu)
+        d = head.metric.reference(head.embed(x), head.project(head.mu))
         terms = []
         for i, y in enumerate(labels.tolist()):
             margin = 0.4 * (1.0 if counts is None else (min(counts) / counts[y]) ** 0.25)
@@ -402,14 +413,15 @@ def test_margin_loss_is_its_formula(full, symmetric, normalize, counts):
             terms.append(-torch.log(torch.exp(logits[y]) / sum(torch.exp(t) for t in logits)))
         expected = torch.stack(terms).mean()
         assert relative_error(value, expected) <= 1e-6  # margins are float32
-        inputs = (x, *head.parameters())
+        inputs = (x, *learning)
         for got, want in zip(*(torch.autograd.grad(v, inputs) for v in (value, expected)), strict=True):
             assert relative_error(got, want) <= 1e-6
 
 
 @each_form
 def test_margin_loss_gradcheck(full, symmetric):
-    head = FAIMHead(3, 4, full_sigma=full, symmetric=symmetric, normalize=True, scale_init=3.0, dtype=torch.float64)
+    options = dict(full_sigma=full, symmetric=symmetric, scale_init=3.0, dtype=torch.float64)
+    head = FAIMHead(3, 4, **PRESETS["flat"] | options)
     loss = FAIMMarginLoss(head=head, class_counts=[1, 2, 3, 4])
     loss.shared = head
     x, labels = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1, 1, 2])
@@ -420,16 +432,16 @@ def test_margin_loss_gradcheck(full, symmetric):
 
 
 def test_margin_loss_shares_or_owns_a_head():
-    head, x, labels = FAIMHead(D, 4, normalize=True), torch.randn(6, D), torch.tensor([0, 1, 2, 3, 0, 1])
+    head, x, labels = FAIMHead(D, 4), torch.randn(6, D), torch.tensor([0, 1, 2, 3, 0, 1])
     shared = FAIMMarginLoss(head=head)
     assert not list(shared.parameters())
     shared(x, labels).backward()
-    assert all(p.grad.any() for p in head.parameters())
+    assert all(p.grad.any() for p in head.parameters() if p.requires_grad)
     assert shared(x, labels) > F.cross_entropy(head(x), labels)
     both = copy.deepcopy(nn.ModuleList([head, shared]))
     assert both[1].head is both[0] is not head
     owned = FAIMMarginLoss(4, D, class_counts=torch.tensor([1, 2, 3, 4]))
-    assert owned.head.normalize and owned.head.scale.item() == 24 and len(list(owned.parameters())) == 5
+    assert owned.head.space == "sphere" and owned.head.scale.item() == 24
     fresh = FAIMMarginLoss(4, D, margin=0.9)
     fresh.load_state_dict(owned.state_dict())
     for other in (fresh, copy.deepcopy(owned), pickle.loads(pickle.dumps(owned))):
@@ -490,8 +502,8 @@ def test_bad_calls(name, change, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FAIMInfoNCELoss(), "metric=head.metric.*in_features.*neither"),
-        (lambda: FAIMTripletLoss(FAIMMetric(D), D), "metric=head.metric.*in_features.*both"),
+        (lambda: FAIMInfoNCELoss(), "a head or a metric.*in_features.*neither"),
+        (lambda: FAIMTripletLoss(FAIMMetric(D), D), "a head or a metric.*in_features.*both"),
         *((lambda value=value, loss=loss: loss(in_features=D, temperature=value), f"temperature.*{value}")
           for value in (0, -1.0, math.nan, math.inf) for loss in (FAIMInfoNCELoss, FAIMNPairLoss)),
         *((lambda value=value: FAIMTripletLoss(in_features=D, margin=value), f"margin.*{value}")
@@ -519,10 +531,26 @@ def test_bad_arguments(make, message):
 
 
 def test_a_metric_must_be_a_metric():
-    with pytest.raises(TypeError, match=r"head\.metric.*FAIMHead"):
-        FAIMInfoNCELoss(FAIMHead(D, 3))
-    with pytest.raises(TypeError, match=r"head\.metric.*int"):
+    with pytest.raises(TypeError, match="must be a FAIMHead or a FAIMMetric, got int"):
         FAIMTripletLoss(D)
+    with pytest.raises(ValueError, match="leave normalizing out"):
+        FAIMTripletLoss(FAIMHead(D, 3), normalize=True)
+
+
+@each_loss
+@pytest.mark.parametrize("space", SPACES)
+def test_the_losses_of_a_head_are_between_its_own_points(name, space):
+    head = FAIMHead(D, 4, space=space, dtype=torch.float64)
+    x, given = arguments("own", 0)
+    fit_(head, [(3.0 * torch.randn(40, D, dtype=torch.float64) + 1.0, torch.arange(40) % 4)])
+    loss = build(name, head)
+    assert not list(loss.parameters())
+    expected = build(name, head.metric)(head.embed(x), **given)
+    assert relative_error(loss(x, **given), expected) <= 1e-12
+    copied = copy.deepcopy(nn.ModuleDict({"head": head, "loss": loss}))
+    with torch.no_grad():
+        copied["head"].metric.lmbda.add_(1)
+    assert copied["loss"](x, **given) != loss(x, **given)
 
 
 def test_whether_embeddings_are_finite_can_be_left_to_the_caller():

@@ -17,9 +17,9 @@ from torch import nn
 import timm_faim
 from timm_faim import FAIMHead, faim_heads, fit_
 from timm_faim.models import attach_heads, has_classifier
-from timm_faim.models.config import resolve_faim_cfg
+from timm_faim.models.config import block_options, resolve_faim_cfg
 
-CFG = {"full_sigma": True, "normalize": True, "margin": 0.2}
+CFG = {"full_sigma": False, "lambda_init": 0.1, "margin": 0.3}
 
 
 def images(model, n=2):
@@ -66,7 +66,7 @@ def test_create_reset_and_read_the_head():
     assert torch.equal(model.head(pre_logits), model(x))
     model.reset_classifier(3)
     assert model.num_classes == 3 and model(x).shape == (2, 3)
-    assert model.head.full_sigma and model.head.normalize and model.head.margin == 0.2
+    assert not model.head.full_sigma and model.head.space == "indicatrix" and model.head.margin == 0.3
     model.reset_classifier(0)
     assert isinstance(model.head, nn.Identity) and model(x).shape == pre_logits.shape
     model.reset_classifier(4)
@@ -97,7 +97,7 @@ def test_creation_arguments_of_timm():
 
 
 def test_grad_checkpointing_and_parameter_groups():
-    model = timm.create_model("faim_test_vit", num_classes=5, faim_cfg=dict(recipe="plain", prior=True))
+    model = timm.create_model("faim_test_vit", num_classes=5, faim_cfg=dict(preset="flat", prior=True))
     model.set_grad_checkpointing()
     model(images(model)).sum().backward()
     assert model.head.mu.grad.abs().sum() > 0
@@ -185,7 +185,7 @@ def test_save_and_open_locally(arch, tmp_path, caplog):
     assert not torch.equal(features(x)[-1], plain(x)[-1])
 
     with pytest.raises(RuntimeError, match="(?s)faim_cfg.*whiten"):
-        timm.create_model(source, pretrained=True, faim_cfg=dict(full_sigma=False))
+        timm.create_model(source, pretrained=True, faim_cfg=dict(full_sigma=True))
     path = tmp_path / "model.safetensors"
     reloaded = timm.create_model(f"faim_{arch}", num_classes=5, faim_cfg=CFG, checkpoint_path=path).eval()
     assert torch.equal(reloaded(x), model(x))
@@ -281,26 +281,53 @@ def test_public_names_exist():
         assert hasattr(timm_faim, name)
 
 
-def test_recipes_are_presets_that_other_keys_override():
+def test_presets_are_overridden_by_other_keys():
     default = resolve_faim_cfg({})
-    assert default["recipe"] == "indicatrix" and default["indicatrix"] and not default["learn_metric"]
+    assert default["preset"] == "indicatrix" and default["space"] == "indicatrix" and not default["learn_metric"]
     assert resolve_faim_cfg(default) == default
     assert resolve_faim_cfg(dict(margin=0.5))["margin"] == 0.5
-    assert resolve_faim_cfg(dict(normalize=False))["indicatrix"] is False
-    seed = resolve_faim_cfg(dict(recipe="seed"))
-    assert seed["init"] == "seed" and not seed["normalize"] and seed["lambda_init"] == 0.1
-    with pytest.raises(ValueError, match="recipe'\\] must be one of indicatrix, plain, seed, got 'best'"):
-        resolve_faim_cfg(dict(recipe="best"))
-    with pytest.raises(ValueError, match="recipe='indicatrix': a linear classifier becomes a head of recipe 'plain'"):
-        timm_faim.convert_(timm.create_model("test_vit", num_classes=4), faim_cfg=dict(recipe="indicatrix"))
+    founding = resolve_faim_cfg(dict(preset="founding"))
+    assert founding["init"] == "seed" and founding["space"] == "flat" and founding["lambda_init"] == 0.1
+    with pytest.raises(ValueError, match="preset'\\] must be one of indicatrix, flat, founding, got 'best'"):
+        resolve_faim_cfg(dict(preset="best"))
 
 
-def test_config_saved_before_recipes_stays_what_it_was(tmp_path):
-    model = timm.create_model("faim_test_vit", num_classes=3, faim_cfg=dict(recipe="plain", normalize=True)).eval()
+def test_the_head_alone_is_the_head_of_a_model():
+    alone = FAIMHead(64, 5)
+    model = timm.create_model("faim_test_vit", num_classes=5)
+    assert repr(alone) == repr(model.head)
+    model.reset_classifier(5)
+    assert repr(alone) == repr(model.head)
+
+
+EARLIER = {"recipe": "plain", "lambda_init": 0.1, "scale_init": 10.0, "full_sigma": False, "symmetric": True,
+           "init": "scaled", "normalize": False, "learn_scale": True, "damping": 0.0, "prior": False, "margin": 0.0,
+           "indicatrix": False, "learn_metric": True, "eps": 1e-6, **block_options()}  # fmt: skip
+
+
+@pytest.mark.parametrize(("saved", "now"), [
+    ({}, {"preset": "flat"}),
+    ({"init": "seed", "recipe": "seed"}, {"preset": "founding"}),
+    ({"normalize": True, "indicatrix": True, "recipe": "indicatrix", "learn_metric": False, "full_sigma": True,
+      "lambda_init": 0.0, "scale_init": 16.0, "margin": 0.2}, {}),
+    ({"normalize": True}, {"preset": "flat", "space": "sphere"}),
+])  # fmt: skip
+@pytest.mark.parametrize("without", [(), ("recipe", "indicatrix", "learn_metric")])
+def test_configs_saved_before_there_were_spaces(saved, now, without):
+    config = {key: value for key, value in (EARLIER | saved).items() if key not in without}
+    if without and saved.get("recipe") == "indicatrix":
+        return  # it is as old as these keys
+    resolved, wanted = resolve_faim_cfg(config), resolve_faim_cfg(now)
+    if without:
+        wanted["preset"] = resolved["preset"]
+    assert resolved == wanted
+
+
+def test_a_saved_head_of_the_flat_form_stays_what_it_was(tmp_path):
+    model = timm.create_model("faim_test_vit", num_classes=3, faim_cfg=dict(preset="flat")).eval()
     save_for_hf(model, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    for key in ("recipe", "indicatrix", "learn_metric"):
-        del config["model_args"]["faim_cfg"][key]
+    config["model_args"]["faim_cfg"] = EARLIER
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = images(model)
