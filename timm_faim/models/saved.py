@@ -110,6 +110,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: {key} must be {kind.__name__}, got {config.get(key)!r}")
     if not isinstance(config.get("model_args") or {}, dict):
         raise ValueError(f"config.json: model_args must be dict, got {str(config['model_args'])[:60]}")
+    texts = config.get("label_descriptions") or {}
+    if not (isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())):
+        raise ValueError("config.json: label_descriptions must map class names to texts")
     name, arguments = config["architecture"], dict(config.get("model_args") or {})
     if not timm.is_model(name):
         near = nearest(name, timm.list_models())
@@ -127,9 +130,10 @@ def _names(config: Mapping[str, Any]) -> Optional[tuple]:
     names = config.get("label_names")
     if names is None:
         return None
-    if not (isinstance(names, (list, dict)) and all(isinstance(n, (str, int)) for n in names)):
+    values = list(names.values()) if isinstance(names, dict) else names
+    if not (isinstance(values, list) and all(isinstance(n, (str, int)) for n in values)):
         raise ValueError("config.json: label_names must be a list of names")
-    return tuple(names)
+    return tuple(values)
 
 
 def _check_count(name: str, key: str, value: Any, least: int) -> None:
