@@ -190,6 +190,9 @@ def test_a_training_that_could_not_be_published_does_not_begin(tmp_path, monkeyp
     monkeypatch.setattr("timm_faim.hub.upload.get_token", lambda: None)
     with pytest.raises(UserError, match="no token for the Hub"):
         train_tiny(images, tmp_path, "--push-to-hub", "me/pets")
+    monkeypatch.setattr("timm_faim.hub.upload.get_token", lambda: "x")
+    with pytest.raises(UserError, match="'my own' is no licence"):
+        train_tiny(images, tmp_path, "--push-to-hub", "me/pets", "--hub-license", "my own")
     assert not (tmp_path / "run").exists()
 
 
