@@ -241,7 +241,9 @@ def test_no_file_says_more_than_is_known_to_be_public(saved, tmp_path):
     (saved / "summary.csv").write_text(
         f"epoch,train_stage,train_loss,eval_top1,host secret,{SECRET},lr\n"
         f"0,warm-up,1.5,{SECRET},secret,1,0.1\n1,{SECRET},high,50.0,secret,1,nan\n")
-    (saved / "args.yaml").write_text(yaml.safe_dump({"lr": 0.1, SECRET: 1, "epochs": float("inf"), "secret": 3}))
+    (saved / "args.yaml").write_text(yaml.safe_dump({
+        "lr": 0.1, "pretrained": True, "model": "faim_test_resnet.no_such_tag", SECRET: 1,
+        "epochs": float("inf"), "secret": 3}))
     weights = load_file(saved / "model.safetensors")
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt", "host": "secret"})
     (saved / "learning_curve.png").write_text("secret")
@@ -255,7 +257,8 @@ def test_no_file_says_more_than_is_known_to_be_public(saved, tmp_path):
         "metrics": {"top1": 50.0}, "num_classes": 3, "versions": {"torch": "2.1+cpu"}}
     assert (package / "summary.csv").read_text() == (
         "epoch,train_stage,train_loss,eval_top1,lr\n0,warm-up,1.5,,0.1\n1,,,50.0,\n")
-    assert yaml.safe_load((package / "train_args.yaml").read_text()) == {"lr": 0.1}
+    assert yaml.safe_load((package / "train_args.yaml").read_text()) == {
+        "lr": 0.1, "pretrained": True, "model": "faim_test_resnet.no_such_tag"}
     assert "| 1 | warm-up | 1.5 |" in (package / "README.md").read_text()
 
 
@@ -317,7 +320,8 @@ def test_only_what_is_known_to_be_public_is_published():
     ({"dataset": "hfds//home/me/cars"}, "cars"), ({"dataset": "hfds/org/cars"}, "cars"),
     ({"dataset": "omniglot242"}, "omniglot242"), ({"dataset": "secretdir/cars"}, "cars"),
     ({"data_dir": "/home/me/leaves/"}, "leaves"),
-    ({"data_dir": "C:\\me\\leaves"}, "leaves"), ({}, "image folder"),
+    ({"data_dir": "C:\\me\\leaves"}, "leaves"), ({}, "image folder"), ({"data_dir": "/x/<b>"}, "image folder"),
+    ({"dataset": ["x y"]}, "image folder"),
 ])
 def test_the_name_of_the_data_is_no_path(options, name):
     assert _dataset_of(options) == name

@@ -228,14 +228,18 @@ def _dataset_of(args: Mapping[str, Any]) -> str:
     if name and is_name(name) and not rest.startswith("/"):
         return name
     place = rest if name else str(args.get("data_dir") or "")
-    return Path(place.rstrip("/\\").replace("\\", "/")).name or kind or "image folder"
+    last = Path(place.rstrip("/\\").replace("\\", "/")).name
+    return next((word for word in (last, kind) if word and is_name(word)), "image folder")
 
 
 def _base_model(args: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Hub identifier and licence of the weights that the run began from."""
     if not args.get("pretrained") or ":" in str(args.get("model")):
         return None, None
-    cfg = get_pretrained_cfg(str(args.get("model")), allow_unregistered=True)
+    try:
+        cfg = get_pretrained_cfg(str(args.get("model")), allow_unregistered=True)
+    except RuntimeError:  # a tag that timm does not have
+        return None, None
     return (cfg.hf_hub_id.partition("@")[0], cfg.license) if cfg is not None and cfg.hf_hub_id else (None, None)
 
 
