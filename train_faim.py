@@ -61,6 +61,7 @@ def train_with(args: argparse.Namespace) -> None:
     factories.check_model_name(args.model)
     if args.push_to_hub:
         hub.check_target(args.push_to_hub)
+        hub.Release(args.push_to_hub, args.hub_license)  # refuses a wrong licence before the training
     accelerator = build_accelerator(args)
     world, is_main = accelerator.num_processes, accelerator.is_main_process
     log = print if is_main else lambda *_, **__: None

@@ -63,7 +63,20 @@ def test_every_shipped_entry_is_usable():
     ({"pretrained_cfg": {"file": "/etc/passwd"}}, "pretrained_cfg.file is not known"),
     ({"pretrained_cfg": {"input_sizes": [1]}}, "pretrained_cfg.input_sizes is not known. Did you mean 'input_size'"),
     ({"probe_logits": [1.0, "2"]}, "probe_logits must hold numbers"),
+    ({"probe_logits": [10**400]}, "probe_logits must hold numbers"),
+    ({"probe_logits": [float("nan")]}, "probe_logits must hold numbers"),
     ({"metrics": {"top1": "high"}}, "metrics must hold numbers"),
+    ({"metrics": {"top1": float("inf")}}, "metrics must hold numbers"),
+    ({"license": ""}, "license must be an identifier of the Hub such as apache-2.0, got ''"),
+    ({"dataset": {"name": ["x"]}}, "dataset must hold a name and an id, got 'name'"),
+    ({"dataset": {"path": "/srv/x"}}, "dataset must hold a name and an id, got 'path'"),
+    ({"dataset": {"id": "a/b/c"}}, "dataset.id must be a name on the Hub, NAME or ORG/NAME, got 'a/b/c'"),
+    ({"pretrained_cfg": {"input_size": 5}}, "pretrained_cfg: input_size must be three whole numbers"),
+    ({"pretrained_cfg": {"mean": "x"}}, "pretrained_cfg: mean must be a list of finite numbers"),
+    ({"pretrained_cfg": {"std": [0]}}, "pretrained_cfg: std must be a list of finite numbers above 0"),
+    ({"pretrained_cfg": {"crop_pct": -5}}, "pretrained_cfg: crop_pct must be a number in 0.01..10"),
+    ({"pretrained_cfg": {"interpolation": "cubic"}}, "pretrained_cfg: interpolation must be one of"),
+    ({"pretrained_cfg": {"crop_mode": "middle"}}, "pretrained_cfg: crop_mode must be one of"),
     ({"label_file": "../labels.txt"}, "label_file must be the name of a file beside the entry, got '../labels.txt'"),
     ({"label_file": "none.txt"}, "label_file none.txt cannot be read"),
     ({"label_file": "two.txt"}, "label_file two.txt has 2 names, num_classes is 3"),
@@ -120,8 +133,18 @@ def test_push_all_refuses_weights_that_the_entry_does_not_describe(run, tmp_path
     save_model(timm.create_model("faim_test_resnet", num_classes=3), runs / "faim_test_resnet.mine", ["a", "b", "c"])
     assert command(["push-all", str(runs), "--folder", str(tmp_path)]) == 1
     assert "the probe's logits differ" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
     assert command(["push-all", str(tmp_path / "none"), "--folder", str(tmp_path)]) == 0
     assert "left out, no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("runs", "folder", "message"), [
+    (".", "missing", "--folder .*missing is no folder. Name the folder that holds the entries"),
+    ("missing", ".", "RUNS_DIR .*missing is no folder. Name the folder that holds the runs"),
+])
+def test_push_all_of_a_folder_that_is_not_there(tmp_path, runs, folder, message):
+    with pytest.raises(UserError, match=message):
+        command(["push-all", str(tmp_path / runs), "--folder", str(tmp_path / folder)])
 
 
 REGISTRY = """
@@ -168,6 +191,8 @@ def test_entries_become_tags_of_the_registry(run, tmp_path):
     ({"num_classes": 10**9, "label_file": None}, "num_classes must be a whole number in 0..1000000"),
     ({"model_args": {"faim_cfg": {"foo": 1}}}, "unknown faim_cfg key 'foo'"),
     ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000"),
+    ({"model_args": {"act_layer": "reluu"}}, "model_args do not build faim_resnet10t"),
+    ({"model_args": {"no_such_argument": 1}}, "unexpected keyword argument 'no_such_argument'"),
 ])
 def test_offline_checks_see_what_opening_would_refuse(template, tmp_path, change, message):
     verdict = check_entry(write(tmp_path, template | change), offline=True)
@@ -181,13 +206,21 @@ def test_a_folder_of_entries_that_is_not_there(tmp_path):
         write_entry(run, tmp_path / "missing", "t", license="mit", dataset={"name": "x"})
 
 
-def test_an_entry_that_is_not_valid_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(("tag", "license", "labels", "message"), [
+    ("a.b", "mit", ["a", "b", "c"], "entries/faim_test_resnet.a.b.yaml: tag must be letters"),
+    ("t", "", ["a", "b", "c"], "license must be an identifier of the Hub"),
+    ("t", "mit", ["a", "b\nc", "d"], "has 4 names, num_classes is 3"),
+    ("mine", "", ["a", "b", "c"], "mine.labels.txt exists. Choose another --tag"),
+])
+def test_an_entry_that_is_not_valid_leaves_nothing(tmp_path, tag, license, labels, message):
     model = timm.create_model("faim_test_resnet", num_classes=3)
-    run = save_model(model, tmp_path / "run", ["a", "b", "c"])
+    run = save_model(model, tmp_path / "run", labels)
     (tmp_path / "entries").mkdir()
-    with pytest.raises(UserError, match="tag must be letters"):
-        write_entry(run, tmp_path / "entries", "a.b", license="mit", dataset={"name": "x"})
-    assert list((tmp_path / "entries").iterdir()) == []
+    there = tmp_path / "entries" / "faim_test_resnet.mine.labels.txt"
+    there.write_text("mine")
+    with pytest.raises(UserError, match=message):
+        write_entry(run, tmp_path / "entries", tag, license=license, dataset={"name": "x"})
+    assert list((tmp_path / "entries").iterdir()) == [there] and there.read_text() == "mine"
 
 
 def test_publishing_and_checking_allow_what_machines_differ_by(template, tmp_path):

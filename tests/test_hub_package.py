@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from timm_faim.hub import Release, build_package, save_model
 from timm_faim.hub.__main__ import run as command
-from timm_faim.hub.package import _dataset_of, public_options
 from timm_faim.training.csv_file import write_csv
 from timm_faim.training.errors import UserError
 
@@ -187,6 +186,9 @@ def test_a_training_that_could_not_be_published_does_not_begin(tmp_path, monkeyp
     monkeypatch.setattr("timm_faim.hub.upload.get_token", lambda: None)
     with pytest.raises(UserError, match="no token for the Hub"):
         train_tiny(images, tmp_path, "--push-to-hub", "me/pets")
+    monkeypatch.setattr("timm_faim.hub.upload.get_token", lambda: "x")
+    with pytest.raises(UserError, match="'my own' is no licence"):
+        train_tiny(images, tmp_path, "--push-to-hub", "me/pets", "--hub-license", "my own")
     assert not (tmp_path / "run").exists()
 
 
@@ -205,35 +207,6 @@ def test_a_wheel_carries_entries_recipes_and_data(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"timm_faim/hub_configs/template.yaml", "timm_faim/configs/omniglot.yaml",
             "timm_faim/data/omniglot242.tar.gz", "timm_faim/hub/__main__.py"} <= names
-
-
-def test_only_what_is_known_to_be_public_is_published():
-    options = {
-        "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
-        "faim_cfg": {"margin": 0.2, "recipe": "plain", "note": "/home/me/x"}, "dataset": "hfds//home/me/cars",
-        "log_with": ["/home/me"], "project_name": "secret project", "data_dir": "cars", "class_map": "names.txt",
-        "model_kwargs": {"file": "/srv/w.pth", "deep": {"path": ["C:\\Users\\me", "avg"]}, "img_size": 64},
-        "opt_kwargs": {"x": "~/w", "y": "secretdir/w", "amsgrad": True},
-        "input_key": "../k", "kd_model_name": "local-dir:/home/me/run",
-        "pretrained_path": "w.pth",
-        "kd_distill_type": "logit", "train_split": "/data", "invented_later": "anything", "wandb_tags": ["me"],
-    }
-    assert public_options(options) == {
-        "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
-        "faim_cfg": {"margin": 0.2, "recipe": "plain"},
-        "model_kwargs": {"deep": {"path": ["avg"]}, "img_size": 64}, "opt_kwargs": {"amsgrad": True},
-        "kd_distill_type": "logit",
-    }
-
-
-@pytest.mark.parametrize(("options", "name"), [
-    ({"dataset": "hfds//home/me/cars"}, "cars"), ({"dataset": "hfds/org/cars"}, "cars"),
-    ({"dataset": "omniglot242"}, "omniglot242"), ({"dataset": "secretdir/cars"}, "cars"),
-    ({"data_dir": "/home/me/leaves/"}, "leaves"),
-    ({"data_dir": "C:\\me\\leaves"}, "leaves"), ({}, "image folder"),
-])
-def test_the_name_of_the_data_is_no_path(options, name):
-    assert _dataset_of(options) == name
 
 
 def test_a_name_is_words_in_the_card_and_never_a_formula_in_a_table(finished, tmp_path):

@@ -217,8 +217,9 @@ def report_of(tmp_path, images, name, history=(), channels=3, label_names=("bird
     train, val = (loader_of(images, split, channels, timm.data.resolve_model_data_config(model)["input_size"][-1]
                             if "vit" in name or "deit" in name else 32) for split in ("train", "val"))
     evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
+    (tmp_path / "args.yaml").write_text("model: x\nscale: [0.1, 1.0]\nfaim_cfg: {margin: 0.2}\namp: true\n")
     page = write_report(tmp_path, model, history, label_names=label_names, evaluation=evaluation, train_images=train,
-                        val_images=val, args_text="model: x\nscale: [0.1, 1.0]\nfaim_cfg: {margin: 0.2}\namp: true\n")
+                        val_images=val, options=tmp_path / "args.yaml")
     assert page == tmp_path / "report.html"
     return Read(page.read_text(encoding="utf-8")), {p.name for p in (tmp_path / "report").iterdir()}
 
@@ -294,6 +295,15 @@ def test_report_without_anything_or_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert write_report(tmp_path / "b", model, HISTORY) is None and not (tmp_path / "b").exists()
     assert plots.draw_learning_curve(tmp_path / "c.png", HISTORY) is False
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"[" * 3000, "args.yaml cannot be read: nested too deeply"), (b"\xff\xfe\x00", "args.yaml cannot be read"),
+    (b"- <b>", "&lt;b&gt;")])
+def test_options_of_no_use_are_said_to_be_so(tmp_path, content, said):
+    (tmp_path / "args.yaml").write_bytes(content)
+    page = write_report(tmp_path, timm.create_model("test_resnet", num_classes=3), [], options=tmp_path / "args.yaml")
+    assert said in page.read_text(encoding="utf-8")
 
 
 def drawn(monkeypatch, draw, *args):

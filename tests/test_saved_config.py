@@ -63,7 +63,20 @@ def test_a_wrong_config_is_refused_by_name(config, change, message):
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("num_classes", 10**9, "num_classes must be a whole number in 0..1000000"),
     ("num_classes", True, "num_classes must be a whole number"),
-    ("input_size", [3, 10**8, 32], "input_size must be a whole number in 1..1000000"),
+    ("input_size", [3, 10**8, 32], "input_size must be three whole numbers in 1..1000000"),
+    ("input_size", 5, "input_size must be three whole numbers in 1..1000000, got 5"),
+    ("min_input_size", [3, 32], "min_input_size must be three whole numbers"),
+    ("pool_size", [7], "pool_size must be two whole numbers"),
+    ("mean", "x", "mean must be a list of finite numbers, got 'x'"),
+    ("mean", [10**400], "mean must be a list of finite numbers"),
+    ("std", [0.2, 0, 0.2], "std must be a list of finite numbers above 0"),
+    ("std", [], "std must be a list of finite numbers above 0"),
+    ("crop_pct", -5, "crop_pct must be a number in 0.01..10, got -5"),
+    ("test_crop_pct", float("nan"), "test_crop_pct must be a number in 0.01..10, got nan"),
+    ("interpolation", "cubic", "interpolation must be one of nearest, .* got 'cubic'"),
+    ("crop_mode", ["center"], "crop_mode must be one of center, squash, border"),
+    ("fixed_input_size", 1, "fixed_input_size must be true or false, got 1"),
+    ("first_conv", 3, "first_conv must be the name of a layer, got 3"),
     ("url", "http://127.0.0.1/weights.pth", r"points at other weights \(pretrained_cfg.url\)"),
     ("hf_hub_filename", "../../etc/passwd", r"points at other weights \(pretrained_cfg.hf_hub_filename\)"),
     ("custom_load", True, "custom_load"),
@@ -191,22 +204,26 @@ def test_fuzz_of_configs_entries_and_options(config, tmp_path, rounds):
     entry = yaml.safe_load((Path(__file__).parents[1] / "hub_configs" / "template.yaml").read_text(encoding="utf-8"))
     options = as_recipe(parse_args(["--data-dir", "d"]))
     refused = {"config": 0, "entry": 0, "options": 0}
+    said = []
     for _ in range(rounds):
         try:
             check_config(mutated(config, rng))
         except (ValueError, TypeError) as e:
             refused["config"] += 1
-            assert len(str(e)) < 1000, e
+            said.append(str(e))
         path = tmp_path / f"{entry['architecture']}.{entry['tag']}.yaml"
         path.write_text(yaml.safe_dump(mutated(entry, rng)), encoding="utf-8")
         try:
             read_entry(path)
-        except EntryError:
+        except EntryError as e:
             refused["entry"] += 1
+            said.append(str(e))
         (tmp_path / "args.yaml").write_text(yaml.safe_dump(mutated(options, rng)), encoding="utf-8")
         try:
             parse_args(["-c", str(tmp_path / "args.yaml")])
-        except UserError:
+        except UserError as e:
             refused["options"] += 1
+            said.append(str(e))
+    assert all(len(line) < 1000 and len(line.splitlines()) == 1 for line in said)
     assert all(0.2 * rounds < count < rounds for count in refused.values()), refused
     print(f"{rounds} of each, refused: {refused}")

@@ -107,6 +107,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _push_all(args: argparse.Namespace) -> int:
+    for flag, folder, held in (("RUNS_DIR", args.runs, "runs"), ("--folder", args.folder, "entries")):
+        if not folder.is_dir():
+            raise UserError(f"{flag} {folder} is no folder. Name the folder that holds the {held}")
     failed = 0
     for path in sorted(args.folder.glob("faim_*.yaml")):
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import PretrainedCfg
 
 from timm_faim.version import __version__
 
@@ -19,7 +20,7 @@ _ACCURACIES = ("top1", "top5")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card tells; `metrics` in per cent, `rows` as in summary.csv, `head` by head name."""
+    """What the card tells; `metrics` in per cent, `rows` of `public_rows`, `head` by head name."""
 
     repo_id: str
     license: str | None
@@ -66,7 +67,7 @@ def _plain(text: str) -> str:
 def _text(facts: Facts) -> str:
     architecture = facts.config["architecture"]
     cfg = facts.config["pretrained_cfg"]
-    size = " × ".join(map(str, cfg["input_size"]))
+    size = " × ".join(map(str, cfg.get("input_size", PretrainedCfg.input_size)))
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
     base += f", licence {facts.base_license}" if facts.base_license else ""
     dataset = _plain(facts.dataset_name)
@@ -119,7 +120,7 @@ def _training_table(rows: Sequence[Mapping[str, str]]) -> str:
 def _short(value: str | None) -> str:
     try:
         return f"{float(value):.4g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # an empty cell, or the name of a stage
         return value or ""
 
 

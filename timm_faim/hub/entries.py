@@ -1,5 +1,6 @@
 """Entries of hub_configs/: made from a run, verified against the Hub, filled in once published."""
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 import yaml
 from torch import nn
 
-from timm_faim.hub.package import CONFIG, Release, build_package, open_folder, read_config
+from timm_faim.hub.package import CONFIG, EVALUATION, Release, build_package, open_folder, read_config
+from timm_faim.hub.public import public_config, read_evaluation
 from timm_faim.hub.upload import push
 from timm_faim.models.checkpoint import sha256
 from timm_faim.models.config import nearest
-from timm_faim.models.documents import read_json
+from timm_faim.models.documents import one_line
 from timm_faim.models.published import INPUT_KEYS, Entry, EntryError, read_entry
 from timm_faim.models.saved import check_config
 from timm_faim.training.checkpoint import TIMM_NAME
@@ -40,41 +42,38 @@ def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dic
         The file `<architecture>.<tag>.yaml`.
 
     Raises:
-        UserError: the run does not open, there is such an entry, or it would not be valid.
+        UserError: the run does not open, there is such an entry or list, or it would not be valid; nothing is written.
     """
-    config = read_config(run)
+    config = public_config(read_config(run))
     name = f"{config['architecture']}.{tag}"
-    path = folder / f"{name}.yaml"
-    if path.exists():
-        raise UserError(f"{path} exists. Choose another --tag, or edit it")
+    path, label_path = folder / f"{name}.yaml", folder / f"{name}.labels.txt"
+    for there in (path, label_path):
+        if there.exists():
+            raise UserError(f"{there} exists. Choose another --tag, or edit it")
     if not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder. Make it, or name the folder of the entries")
-    labels = config.get("label_names")
-    cfg, arguments = config["pretrained_cfg"], dict(config.get("model_args") or {})
-    arguments.pop("num_classes", None)
-    evaluation = run / "eval" / "eval.json"
-    metrics = _metrics_of(evaluation) if evaluation.is_file() else {}
+    labels, cfg = config.get("label_names"), config["pretrained_cfg"]
+    metrics = read_evaluation(run / "eval" / EVALUATION)["metrics"]
     content = {
         "architecture": config["architecture"], "tag": tag, "repo_id": None, "revision": None, "sha256": None,
         "num_classes": config["num_classes"], "license": license, "dataset": dataset, "recipe": recipe or None,
         "metrics": {key: round(metrics[key], 4) for key in ("top1", "top5") if key in metrics},
-        "model_args": arguments,
+        "model_args": config["model_args"],
         "pretrained_cfg": {key: cfg[key] for key in INPUT_KEYS if key in cfg},
-        "label_file": f"{name}.labels.txt" if labels else None,
+        "label_file": label_path.name if labels else None,
         "probe_logits": probe_logits(open_folder(run)),
     }
-    if labels:
-        with atomic_write(folder / content["label_file"]) as temporary:
-            temporary.write_text("\n".join(map(str, labels)) + "\n", encoding="utf-8")
-    with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    try:
-        read_entry(path)
-    except EntryError as e:
-        path.unlink()
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as work:
         if labels:
-            (folder / content["label_file"]).unlink()
-        raise UserError(str(e)) from e
+            names = labels.values() if isinstance(labels, dict) else labels
+            Path(work, label_path.name).write_text("\n".join(map(str, names)) + "\n", encoding="utf-8")
+        Path(work, path.name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        try:
+            read_entry(Path(work, path.name))
+        except EntryError as e:
+            raise UserError(str(e).replace(work, str(folder))) from e
+        for there in (label_path, path) if labels else (path,):
+            Path(work, there.name).rename(there)
     return path
 
 
@@ -107,6 +106,12 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
                       "pretrained_cfg": {**entry.pretrained_cfg, "num_classes": entry.num_classes}})
     except (ValueError, TypeError) as e:
         return Verdict(entry.name, "form", str(e).replace("config.json", path.name))
+    try:
+        with torch.device("meta"):  # neither memory nor time
+            timm.create_model(entry.architecture, pretrained_cfg=entry.cfg(), num_classes=entry.num_classes,
+                              **entry.model_args)
+    except Exception as e:  # a wrong argument fails in as many ways as there are models
+        return Verdict(entry.name, "form", f"model_args do not build {entry.architecture}: {one_line(e)}")
     if not entry.revision:
         return Verdict(entry.name, "form; not published")
     if offline:
@@ -115,7 +120,7 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
         model = timm.create_model(entry.name, pretrained=True).eval()  # verifies the hash
         found = probe_logits(model)
     except Exception as e:  # a download fails in as many ways as there are libraries below
-        return Verdict(entry.name, "download", " ".join(str(e).split())[:500])
+        return Verdict(entry.name, "download", one_line(e))
     if problem := _other_logits(found, entry):
         return Verdict(entry.name, "logits", problem)
     return Verdict(entry.name, "form, hash and logits")
@@ -131,14 +136,6 @@ def _other_logits(found: list[float], entry: Entry) -> str:
     off = max(abs(a - b) for a, b in zip(found, recorded, strict=True)) / max(1.0, *map(abs, recorded))
     return "" if off <= TOLERANCE else (
         f"the probe's logits differ by {off:.2g} of their size: {found}, recorded {recorded}")
-
-
-def _metrics_of(path: Path) -> dict[str, Any]:
-    try:
-        metrics = read_json(path)["metrics"]
-        return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"cannot read {path}: {e}. Evaluate the run again with --eval-only") from e
 
 
 def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None = None) -> Entry:

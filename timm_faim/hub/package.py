@@ -4,7 +4,6 @@ It is built whole in a folder of its own, from a run of train_faim.py or any fol
 model.safetensors, and opened with timm before anything is uploaded.
 """
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,32 +15,27 @@ import timm
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_faim.head import faim_heads
 from timm_faim.hub.card import CARD, Facts, write_card
-from timm_faim.models.documents import read_json, read_yaml
+from timm_faim.hub.public import is_name, public_config, public_options, public_rows, read_evaluation
+from timm_faim.models.documents import one_line, read_json, read_yaml
+from timm_faim.models.published import is_hub_id, is_license
 from timm_faim.models.saved import check_config
 from timm_faim.training.checkpoint import LAST, TIMM_NAME, save_config, save_weights
+from timm_faim.training.csv_file import write_csv
 from timm_faim.training.errors import UserError
-from timm_faim.training.flags import build_parser
 from timm_faim.training.reporting.distances import HeadDistances
 from timm_faim.training.reporting.heads import draw_head
+from timm_faim.training.reporting.plots import draw_learning_curve
 from timm_faim.training.summary import read_summary
 
 CONFIG, ARGS, SUMMARY, EVALUATION = "config.json", "train_args.yaml", "summary.csv", "eval.json"
 CURVE, PICTURE = "learning_curve.png", "metric.png"
 FILES = (TIMM_NAME, CONFIG, CARD, ARGS, SUMMARY, EVALUATION, CURVE, PICTURE)  # all that is ever published
-
-# Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
-# options with choices are public too; anything else is not published.
-_PUBLIC_WORDS = ("model", "opt", "aa", "gp", "interpolation", "train_interpolation", "input_img_mode", "torchcompile",
-                 "eval_metric", "kd_model_name", "train_split", "val_split", "dataset")
-_PUBLIC_GROUPS = ("faim_cfg", "opt_kwargs", "model_kwargs", "contrastive", "freeze")
-_WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*)?")  # a name; with a slash it may be a relative path
-_EVALUATED = ("metrics", "num_classes", "versions")  # of eval.json
-_ELSEWHERE = ("local-dir:", "file:")
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,9 @@ class Release:
         dataset_name: its name for people.
         base_model: Hub identifier of the model that training began from; None: from the run's options.
         label_descriptions: class name to description.
+
+    Raises:
+        UserError: the licence, or a name of data or of the base model, is none of the Hub's form.
     """
 
     repo_id: str
@@ -63,6 +60,13 @@ class Release:
     dataset_name: str = ""
     base_model: str | None = None
     label_descriptions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not is_license(self.license):
+            raise UserError(f"{self.license!r} is no licence. Give an identifier of the Hub such as apache-2.0")
+        for name in (*self.datasets, *([] if self.base_model is None else [self.base_model])):
+            if not is_hub_id(name):
+                raise UserError(f"{name!r} is no name of data or of a model on the Hub. Give NAME or ORG/NAME")
 
     @property
     def tag(self) -> str:
@@ -82,7 +86,8 @@ def build_package(run: Path, folder: Path, release: Release) -> nn.Module:
         The opened model, in eval mode on the CPU.
 
     Raises:
-        UserError: the run has no usable config or weights, or does not open.
+        UserError: the run has no usable config or weights, or does not open; or its options, summary or evaluation
+            cannot be read.
     """
     run, folder = Path(run), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -97,41 +102,33 @@ def build_package(run: Path, folder: Path, release: Release) -> nn.Module:
 
 
 def _build(run: Path, folder: Path, release: Release) -> nn.Module:
-    config = read_config(run)
-    config.setdefault("model_args", {}).pop("num_classes", None)  # transformers' wrapper of timm passes its own
-    cfg = config["pretrained_cfg"]
-    for key in ("origin_url", "paper_ids", "paper_name", "description", "notes", "hf_hub_id", "file", "source"):
-        cfg.pop(key, None)  # of the base model, or of the machine
-    cfg["custom_load"] = False
-    for key, value in (("license", release.license), ("tag", release.tag)):
-        cfg.pop(key, None)  # of the base model
-        if value:
-            cfg[key] = value
+    config = public_config(read_config(run))
+    config["pretrained_cfg"] |= {key: value for key, value in (("license", release.license), ("tag", release.tag))
+                                 if value}
     if release.label_descriptions:
         config["label_descriptions"] = dict(release.label_descriptions)
 
-    weights = _weights(run)
+    args = _options(run)
+    rows, evaluation = public_rows(read_summary(run / SUMMARY)), read_evaluation(run / "eval" / EVALUATION)
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(weights, folder / TIMM_NAME)
-    args = _options(run)
+    _copy_weights(run / TIMM_NAME, folder / TIMM_NAME)
     if args:
         (folder / ARGS).write_text(yaml.safe_dump(public_options(args), sort_keys=False), encoding="utf-8")
-    for name in (SUMMARY, CURVE):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    if (run / "eval" / EVALUATION).is_file():
-        _copy_without_paths(run / "eval" / EVALUATION, folder / EVALUATION)
+    if rows:
+        write_csv(folder / SUMMARY, [list(rows[0]), *(list(row.values()) for row in rows)])
+        draw_learning_curve(folder / CURVE, rows)
+    if evaluation["metrics"]:
+        (folder / EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
 
     model = open_folder(folder)
-    rows = read_summary(folder / SUMMARY)
     heads = faim_heads(model)
     _picture(run, folder / PICTURE, heads, rows)
     base_model, base_license = (release.base_model, None) if release.base_model else _base_model(args)
     write_card(folder, Facts(
         repo_id=release.repo_id, license=release.license, datasets=list(release.datasets),
         dataset_name=release.dataset_name or _dataset_of(args), base_model=base_model, base_license=base_license,
-        config=config, rows=rows, metrics=_metrics(folder, rows), head=_head_facts(heads),
+        config=config, rows=rows, metrics=evaluation["metrics"] or _best_metrics(rows), head=_head_facts(heads),
         parameters=sum(p.numel() for p in model.parameters()), files=sorted(p.name for p in folder.iterdir())))
     return model
 
@@ -176,7 +173,7 @@ def open_folder(folder: Path) -> nn.Module:
         with torch.inference_mode():
             logits = model(torch.zeros(1, *timm.data.resolve_input_data_config(model)["input_size"]))
     except Exception as e:  # a wrong folder fails in as many ways as there are models
-        raise UserError(f"{folder} does not open with timm: {' '.join(str(e).split())[:500]}") from e
+        raise UserError(f"{folder} does not open with timm: {one_line(e)}") from e
     if not torch.isfinite(logits).all():
         raise UserError(f"the model in {folder} gives logits that are not finite. Publish an earlier epoch")
     return model
@@ -200,14 +197,17 @@ def _picture(run: Path, path: Path, heads: Mapping[str, Any], rows: Sequence[Map
         draw_head(path, HeadDistances(head).geometry(), rows, suffix, None)
 
 
-def _weights(run: Path) -> Path:
-    path = run / TIMM_NAME
+def _copy_weights(path: Path, to: Path) -> None:
+    """The tensors; a file that says more of itself than that they are torch's is written anew."""
     try:
         with safe_open(path, framework="pt") as weights:
-            weights.keys()
+            said = weights.metadata() or {}
+        if said in ({}, {"format": "pt"}):
+            shutil.copyfile(path, to)
+        else:
+            save_file(load_file(path), to, metadata={"format": "pt"})
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot read the weights {path}: {e}. Only safetensors are published") from e
-    return path
 
 
 def _options(run: Path) -> dict[str, Any]:
@@ -221,83 +221,32 @@ def _options(run: Path) -> dict[str, Any]:
     return {}
 
 
-def public_options(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are known to say nothing of the machine that trained.
-
-    Numbers and switches, words that one of a few choices is, and names in the options that hold names; of groups of
-    options the same within.
-    """
-    choices = {a.dest: a.choices for a in build_parser()._actions if a.choices}
-    public = {}
-    for key, value in args.items():
-        if key in _PUBLIC_GROUPS:
-            if (kept := _public_part(value)) is not None:
-                public[key] = kept
-        elif isinstance(value, str):
-            if value in choices.get(key, ()) or key in _PUBLIC_WORDS and _is_name(value):
-                public[key] = value
-        elif _is_number(value) or isinstance(value, list) and all(map(_is_number, value)):
-            public[key] = value
-    return public
-
-
-def _public_part(value: Any) -> Any:
-    """Of a nested value what is public; None for nothing."""
-    if isinstance(value, dict):
-        parts = {key: _public_part(item) for key, item in value.items() if isinstance(key, str) and _is_name(key)}
-        return {key: part for key, part in parts.items() if part is not None}
-    if isinstance(value, list):
-        return [part for part in map(_public_part, value) if part is not None]
-    return value if _is_number(value) or isinstance(value, str) and _is_name(value) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
-
-
-def _is_name(value: str) -> bool:
-    return _WORD.fullmatch(value) is not None and not value.startswith((".", *_ELSEWHERE)) and len(value) <= 100
-
-
-def _copy_without_paths(source: Path, path: Path) -> None:
-    try:
-        facts = read_json(source)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {source}: {e}. Evaluate the run again with --eval-only") from e
-    facts = facts if isinstance(facts, dict) else {}
-    kept = {key: value for key, value in facts.items() if key in _EVALUATED}
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
 def _dataset_of(args: Mapping[str, Any]) -> str:
     """A name for the card: of --dataset what is no path, else the last part of the data folder's name."""
     name = str(args.get("dataset") or "")
     kind, _, rest = name.partition("/")
-    if name and _is_name(name) and not rest.startswith("/"):
+    if name and is_name(name) and not rest.startswith("/"):
         return name
     place = rest if name else str(args.get("data_dir") or "")
-    return Path(place.rstrip("/\\").replace("\\", "/")).name or kind or "image folder"
+    last = Path(place.rstrip("/\\").replace("\\", "/")).name
+    return next((word for word in (last, kind) if word and is_name(word)), "image folder")
 
 
 def _base_model(args: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Hub identifier and licence of the weights that the run began from."""
     if not args.get("pretrained") or ":" in str(args.get("model")):
         return None, None
-    cfg = get_pretrained_cfg(str(args.get("model")), allow_unregistered=True)
+    try:
+        cfg = get_pretrained_cfg(str(args.get("model")), allow_unregistered=True)
+    except RuntimeError:  # a tag that timm does not have
+        return None, None
     return (cfg.hf_hub_id.partition("@")[0], cfg.license) if cfg is not None and cfg.hf_hub_id else (None, None)
 
 
-def _metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Of the evaluation at the run's end, else of the best epoch; per cent."""
-    path = folder / EVALUATION
-    if path.exists():
-        metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {})
-        return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+def _best_metrics(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Of the best epoch; per cent."""
     key = "eval_map" if any(row.get("eval_map") for row in rows) else "eval_top1"  # several labels an image, or one
-    scored = [row for row in rows if row.get(key)]
-    if not scored:
-        return {}
-    best = max(scored, key=lambda row: float(row[key]))
+    best = max((row for row in rows if row.get(key)), key=lambda row: float(row[key]), default={})
     return {key.removeprefix("eval_"): float(value) for key, value in best.items() if key.startswith("eval_") and value}
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from timm_faim.hub.package import FILES
-from timm_faim.models.published import REPO_ID
+from timm_faim.models.published import is_hub_id
 from timm_faim.training.errors import UserError
 from timm_faim.version import __version__
 
@@ -37,7 +37,7 @@ def check_target(repo_id: str) -> None:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise `HubError` unless a name has the form ORG/NAME."""
-    if not REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
+    if "/" not in repo_id or not is_hub_id(repo_id):
         raise HubError(f"{repo_id!r} is no name of a repository. Give ORG/NAME, for example me/faim_resnet50.my_data")
 
 

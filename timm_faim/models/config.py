@@ -8,6 +8,8 @@ from typing import Any, Optional
 from timm_faim.block.chart import BASES
 from timm_faim.head import DEFAULT_PRESET, PRESETS, FAIMHead
 
+from .documents import short_errors
+
 PREFIX = "faim_"  # of the twins' names
 _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,
                   "block_shared": False}  # fmt: skip
@@ -43,6 +45,7 @@ def may_be_converted(faim_cfg: Mapping[str, Any]) -> bool:
     return faim_cfg["preset"] == "flat" and faim_cfg["lambda_init"] == 0
 
 
+@short_errors()
 def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
     """``faim_cfg`` completed with its preset and the defaults, so that a saved config does not depend on later ones.
 

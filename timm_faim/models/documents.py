@@ -1,8 +1,12 @@
 """JSON and YAML files that others have written: one line says what is wrong with one, however wrong it is."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SAID = 600  # characters of a message, however long the value that it names
 
 
 def read_json(path: Path) -> Any:
@@ -17,7 +21,7 @@ def read_json(path: Path) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as e:
-        raise ValueError(_one_line(e)) from e
+        raise ValueError(one_line(e)) from e
 
 
 def read_yaml(path: Path) -> Any:
@@ -34,8 +38,19 @@ def read_yaml(path: Path) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as e:  # as dates and huge numbers do
-        raise ValueError(_one_line(e)) from e
+        raise ValueError(one_line(e)) from e
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(said: object) -> str:
+    """A message in one line that a person can read; a long one keeps its beginning and its end, the mend."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= _SAID else f"{text[:_SAID // 2]} ... {text[-_SAID // 2:]}"
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Within it, or in a function that it decorates, ValueError and TypeError say what they say in `one_line`."""
+    try:
+        yield
+    except (ValueError, TypeError) as e:
+        raise type(e)(one_line(e)) from e

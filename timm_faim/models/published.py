@@ -14,10 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import PretrainedCfg
 
 from .config import PREFIX, nearest
-from .documents import read_yaml
+from .documents import one_line, read_yaml
+from .saved import check_inputs, is_number
 
 ORGANISATION, FOLDERS = "TIMM_FAIM_HUB_ORG", "TIMM_FAIM_HUB_CONFIGS"
 _PACKAGE = Path(__file__).parents[1]
@@ -25,13 +27,30 @@ INPUT_KEYS = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "cr
           "first_conv", "classifier")  # what an entry's pretrained_cfg may say
 _NAME = re.compile(r"[a-z0-9_]+")
 _TAG = re.compile(r"[A-Za-z0-9_-]+")
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 
 _logger = logging.getLogger(__name__)
 
 
 class EntryError(ValueError):
-    """An entry of hub_configs/ that cannot be used; names the file, the key and the mend."""
+    """An entry of hub_configs/ that cannot be used; one line that names the file, the key and the mend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether a value has the form of a name on the Hub: NAME or ORG/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and name.isascii() and not name.endswith("\n")
+
+
+def is_license(name: Any) -> bool:
+    """Whether a value has the form of the Hub's identifiers of licences, such as apache-2.0."""
+    return isinstance(name, str) and _LICENSE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -89,15 +108,24 @@ class Entry:
                 self._refuse(key, f"must be {kind.__name__}, got {value!r}")
         for key, pattern, form in (
             ("architecture", _NAME, "faim_ and an architecture of timm"), ("tag", _TAG, "letters, digits, - and _"),
-            ("repo_id", REPO_ID, "ORG/NAME"), ("revision", re.compile(r"[0-9a-f]{40}"), "a commit of 40 hex digits"),
+            ("revision", re.compile(r"[0-9a-f]{40}"), "a commit of 40 hex digits"),
             ("sha256", re.compile(r"[0-9a-f]{64}"), "64 hex digits"),
         ):
             value = getattr(self, key)
             if value and not (isinstance(value, str) and pattern.fullmatch(value)):
                 self._refuse(key, f"must be {form}, got {value!r}")
         for key, values in (("probe_logits", self.probe_logits), ("metrics", self.metrics.values())):
-            if not all(isinstance(value, (int, float)) for value in values):
+            if not all(map(is_number, values)):
                 self._refuse(key, f"must hold numbers, got {list(values)}")
+        if self.repo_id and not ("/" in self.repo_id and is_hub_id(self.repo_id)):
+            self._refuse("repo_id", f"must be ORG/NAME, got {self.repo_id!r}")
+        if not is_license(self.license):
+            self._refuse("license", f"must be an identifier of the Hub such as apache-2.0, got {self.license!r}")
+        for key, value in self.dataset.items():
+            if key not in ("name", "id") or not isinstance(value, (str, type(None))):
+                self._refuse("dataset", f"must hold a name and an id, got {key!r}: {value!r}")
+        if self.dataset.get("id") and not is_hub_id(self.dataset["id"]):
+            self._refuse("dataset.id", f"must be a name on the Hub, NAME or ORG/NAME, got {self.dataset['id']!r}")
         if not self.architecture.startswith(PREFIX):
             self._refuse("architecture", f"must begin with {PREFIX}, got {self.architecture!r}")
         if bool(self.revision) != bool(self.sha256):
@@ -107,7 +135,11 @@ class Entry:
         for key in self.pretrained_cfg:
             if key not in INPUT_KEYS:
                 self._refuse(f"pretrained_cfg.{key}",
-                             f"is not known.{_near(key, INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}")
+                             f"is not known.{_near(str(key), INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}")
+        try:
+            check_inputs("pretrained_cfg", self.pretrained_cfg)
+        except ValueError as e:
+            raise EntryError(f"{self.path}: {e}") from e
         if self.label_file is not None:
             if not isinstance(self.label_file, str) or Path(self.label_file).name != self.label_file \
                     or self.label_file.startswith(".") or len(self.label_file) > 200:
@@ -120,7 +152,7 @@ class Entry:
                 self._refuse("label_file", f"{self.label_file} has {count} names, num_classes is {self.num_classes}")
 
     def _refuse(self, key: str, problem: str) -> None:
-        raise EntryError(f"{self.path}: {key} {problem[:400]}")
+        raise EntryError(f"{self.path}: {key} {problem}")
 
 
 _TYPES = {"architecture": str, "tag": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict,

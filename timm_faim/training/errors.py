@@ -14,6 +14,8 @@ from pickle import UnpicklingError
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
+from timm_faim.models.documents import one_line
+
 
 class UserError(Exception):
     """Wrong input. The message is one line that names the value and what to do about it."""
@@ -21,7 +23,7 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's exception again with the worker's whole traceback as its message;
         # what the worker said is the end of it.
-        super().__init__(message.rsplit("Error: ", 1)[-1].strip() if "Traceback" in message else message)
+        super().__init__(one_line(message.rsplit("Error: ", 1)[-1] if "Traceback" in message else message))
 
 
 class RankError(UserError):

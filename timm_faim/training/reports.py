@@ -95,7 +95,7 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
                 run.run_folder, model, read_summary(run.run_folder / "summary.csv"), label_names=data.label_names,
                 evaluation=evaluation,
                 train_images=None if is_stream else build_fit_loader(args, data_config, accelerator, data.num_classes),
-                val_images=val_loader, args_text=(run.run_folder / "args.yaml").read_text(encoding="utf-8"),
+                val_images=val_loader, options=run.run_folder / "args.yaml",
             )
         except Exception as e:  # the training has ended well, whatever becomes of its pictures
             log(f"no report.html: {type(e).__name__}: {' '.join(str(e).split())}")

@@ -1,5 +1,6 @@
 """What a run tells while it trains: args.yaml, summary.csv and one line an epoch."""
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,27 @@ def append_summary(path: Path, epoch: int, train: dict[str, Any], val: dict[str,
 
 
 def read_summary(path: Path) -> list[dict[str, str]]:
-    """The rows of summary.csv; none where there is no file."""
+    """The rows of summary.csv, each with its epoch; none where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or a row has no epoch.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, ValueError, csv.Error) as e:
+        raise UserError(f"cannot read {path}: {e}. Mend it, or remove it and go on without") from e
+    if not all(re.fullmatch("[0-9]{1,9}", row.get("epoch") or "") for row in rows):
+        raise UserError(f"{path} is damaged: a row lacks its epoch. Mend it, or remove it and go on without")
+    return rows
 
 
 def cut_summary(path: Path, epoch: int) -> None:
     """Remove the rows of `epoch` and later, which a resumed run will write again."""
     rows = read_summary(path)
-    try:
-        kept = [row for row in rows if int(row["epoch"]) < epoch]
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is damaged: a row lacks its epoch. Mend it, or remove it and go on without") from e
+    kept = [row for row in rows if int(row["epoch"]) < epoch]
     if len(kept) < len(rows):
         _write_rows(path, kept)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from timm_faim import FAIMHead, faim_heads
+from timm_faim.models.documents import read_yaml
 from timm_faim.training.evaluation import Evaluation
 from timm_faim.training.files import atomic_write
 from timm_faim.training.reporting import heads as head_pictures
@@ -28,7 +28,7 @@ FOLDER, PAGE = "report", "report.html"
 def write_report(
         run_folder: Path, model: nn.Module, history: Sequence[Mapping[str, Any]], *,
         label_names: Sequence[str] | None = None, evaluation: Evaluation | None = None, train_images: Any = None,
-        val_images: Any = None, args_text: str = "",
+        val_images: Any = None, options: Path | None = None,
 ) -> Path | None:
     """Write report.html and report/*.png into the run folder; for the main process alone.
 
@@ -42,7 +42,7 @@ def write_report(
         train_images, val_images: timm's evaluation loaders without augmentation (`build_fit_loader` and the
             validation loader). They are read by index, whatever their sharding; for iterable data, or without them,
             the sections with pictures of images are left out.
-        args_text: the options as `key: value` lines, as in args.yaml.
+        options: the run's args.yaml.
 
     Returns:
         The page; None where matplotlib is missing.
@@ -71,9 +71,9 @@ def write_report(
     heads = faim_heads(model)
     if heads:
         _add_heads(page, model, heads, history, evaluation, train, val, label_names)
-    if args_text:
+    if options is not None:
         page.add_section("Options")
-        page.add_options(args_text)
+        page.add_options(options)
 
     path = run_folder / PAGE
     with atomic_write(path) as temporary:
@@ -225,14 +225,14 @@ class Page:
         self.body.append(f'<div class="scroll"><table><caption>{html.escape(title)}</caption><thead><tr>{head}</tr>'
                          f"</thead><tbody>{body}</tbody></table></div>")
 
-    def add_options(self, text: str) -> None:
-        """`key: value` lines as a table; any other text as it stands."""
+    def add_options(self, path: Path) -> None:
+        """A file of `key: value` lines as a table; of any other, what is wrong with it."""
         try:
-            options = yaml.safe_load(text)
-        except yaml.YAMLError:
-            options = None
+            options = read_yaml(path)
+        except (OSError, ValueError) as e:
+            options = f"{path.name} cannot be read: {e}"
         if not isinstance(options, dict):
-            self.body.append(f"<pre>{html.escape(text)}</pre>")
+            self.body.append(f"<pre>{html.escape(str(options))}</pre>")
             return
         pairs = "".join(f"<div><dt>{html.escape(str(key))}</dt><dd>{html.escape(_option(value))}</dd></div>"
                         for key, value in options.items())
