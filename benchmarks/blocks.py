@@ -35,7 +35,7 @@ STABLE = {
     "12 blocks, p + gate of the mean": {"blocks": 12, "block_base": "mean"},
     "12 blocks, Randers": {"blocks": 12, "block_symmetric": False},
 }
-HEAD = {"normalize": True, "scale_init": 24.0}
+HEAD = {"space": "sphere", "scale_init": 24.0}
 
 
 class Step:

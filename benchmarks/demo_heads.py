@@ -27,7 +27,7 @@ LINEAR = [  # 3 rates x 3 kinds of regularisation
     for lr, (decay, smoothing) in itertools.product(RATES, [("0.05", "0.0"), ("0.05", "0.1"), ("0.3", "0.0")])
 ]
 FAIM = [  # 3 rates x 3 settings of the head
-    ["--lr", lr, "--head-refit", "-1", "--faim-cfg", "recipe=plain", "normalize=True",
+    ["--lr", lr, "--head-refit", "-1", "--faim-cfg", "preset=flat", "space=sphere",
      f"scale_init={scale}", f"margin={margin}", f"lambda_init={lmbda}"]
     for lr, (scale, margin, lmbda) in itertools.product(RATES, [(16.0, 0.2, 0.1), (24.0, 0.15, 0.1), (24.0, 0.2, 0.0)])
 ]

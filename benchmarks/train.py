@@ -31,7 +31,7 @@ from timm_faim.training.launch import build_accelerator
 from timm_faim.training.loop import Training, train_one_epoch
 from timm_faim.training.stages import build_stages, split_groups
 
-FAIM_CFG = ("normalize=True", "scale_init=24.0", "margin=0.15")
+FAIM_CFG = ("space=sphere", "scale_init=24.0", "margin=0.15")
 
 
 class RandomImages:

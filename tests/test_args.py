@@ -34,11 +34,11 @@ def test_command_line_switches_off_what_the_recipe_switches_on(recipe):
 
 def test_recipe_values_get_the_types_of_the_flags(recipe):
     config = recipe(data_dir="d", lr="1e-3", mean=[0.5], affine=[10, 0.1, 0.1, 5], no_aug=True, aa=None,
-                    faim_cfg={"normalize": True, "margin": 0.2, "init": "seed"}, dataset="")
+                    faim_cfg={"space": "flat", "margin": 0.2, "init": "seed"}, dataset="")
     args = parse_args(["-c", config])
     assert args.lr == 0.001  # YAML 1.1 reads 1e-3 as a string
     assert args.mean == [0.5] and args.affine == [10, 0.1, 0.1, 5] and args.no_aug and args.aa is None
-    assert args.faim_cfg == {"normalize": True, "margin": 0.2, "init": "seed"}
+    assert args.faim_cfg == {"space": "flat", "margin": 0.2, "init": "seed"}
 
 
 def test_without_data_the_demo_recipe_is_used_and_flags_still_win():
@@ -97,7 +97,7 @@ def test_recipe_that_is_no_mapping(tmp_path, text):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--faim-cfg", "normalize"], "KEY=VALUE"),
+    (["--faim-cfg", "space"], "KEY=VALUE"),
     (["--torchcompile", "inductr"], "inductr.*inductor"),
     (["--mixup", "-1"], "--mixup.*-1"),
 ])

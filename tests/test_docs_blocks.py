@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_faim import FAIMChart, block_options
+from timm_faim import FAIMChart
+from timm_faim.models import block_options
 from timm_faim.training.args import parse_args
 
 DOCS = (Path(__file__).parents[1] / "docs" / "blocks.md").read_text(encoding="utf-8")

@@ -109,7 +109,7 @@ def test_an_architecture_that_does_not_exist(template, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg=dict(normalize=True, margin=0.1))
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg=dict(space="sphere", margin=0.1))
     return save_model(model, tmp_path / "run", label_names=["a", "b", "c"])
 
 

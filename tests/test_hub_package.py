@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     images = make_images(folder / "images")
-    return train_tiny(images, folder, "--faim-cfg", "normalize=True", "--stages", "1", "0", "--report")
+    return train_tiny(images, folder, "--faim-cfg", "space=sphere", "--stages", "1", "0", "--report")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_config_is_that_of_the_checkpoint(package):
     assert config["architecture"] == "faim_test_resnet" and config["num_classes"] == 3
     assert config["label_names"] == ["bird", "cat", "dog"]
     assert config["label_descriptions"] == {"cat": "a small animal"}
-    assert config["model_args"]["faim_cfg"]["normalize"] is True and "num_classes" not in config["model_args"]
+    assert config["model_args"]["faim_cfg"]["space"] == "sphere" and "num_classes" not in config["model_args"]
     cfg = config["pretrained_cfg"]
     assert (cfg["tag"], cfg["license"], cfg["custom_load"], cfg["num_classes"]) == ("pets", "mit", False, 3)
     assert not {"url", "file", "hf_hub_id", "origin_url", "source"} & cfg.keys()

@@ -105,7 +105,7 @@ def test_wrong_names_on_the_command_line(saved, tmp_path, words, message):
 def test_only_what_is_known_to_be_public_is_published():
     options = {
         "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
-        "faim_cfg": {"margin": 0.2, "recipe": "plain", "note": "/home/me/x"}, "dataset": "hfds//home/me/cars",
+        "faim_cfg": {"margin": 0.2, "preset": "flat", "note": "/home/me/x"}, "dataset": "hfds//home/me/cars",
         "log_with": ["/home/me"], "project_name": "secret project", "data_dir": "cars", "class_map": "names.txt",
         "model_kwargs": {"file": "/srv/w.pth", "deep": {"path": ["C:\\Users\\me", "avg"]}, "img_size": 64},
         "opt_kwargs": {"x": "~/w", "y": "secretdir/w", "amsgrad": True},
@@ -115,7 +115,7 @@ def test_only_what_is_known_to_be_public_is_published():
     }
     assert public_options(options) == {
         "model": "faim_resnet50", "lr": 0.1, "sched": "cosine", "amp": True, "mean": [0.5, 0.5, 0.5],
-        "faim_cfg": {"margin": 0.2, "recipe": "plain"},
+        "faim_cfg": {"margin": 0.2, "preset": "flat"},
         "model_kwargs": {"deep": {"path": ["avg"]}, "img_size": 64}, "opt_kwargs": {"amsgrad": True},
         "kd_distill_type": "logit",
     }

@@ -60,7 +60,7 @@ def hub():
 def run(tmp_path_factory):
     """A run folder of a tiny training."""
     folder = tmp_path_factory.mktemp("run")
-    return train_tiny(make_images(folder / "images"), folder, "--faim-cfg", "normalize=True", "margin=0.1")
+    return train_tiny(make_images(folder / "images"), folder, "--faim-cfg", "space=sphere", "margin=0.1")
 
 
 @pytest.fixture
@@ -121,11 +121,11 @@ def test_round_trip(hub, client, run, tmp_path):
     script = f"""
     name = "hf-hub:{REPO}"
     model = timm.create_model(name, pretrained=True, num_classes=5)
-    result = [opened(name), opened(name + "@main"), model.num_classes, model.get_classifier().normalize,
+    result = [opened(name), opened(name + "@main"), model.num_classes, model.get_classifier().space,
               timm.create_model(name).pretrained_cfg["label_names"]]
     """
     expected = logits_hash(f"local-dir:{run}")
-    assert client(script, home="another") == [expected, expected, 5, True, ["bird", "cat", "dog"]]
+    assert client(script, home="another") == [expected, expected, 5, "sphere", ["bird", "cat", "dog"]]
     offline = client(f'result = [opened("hf-hub:{REPO}"), attempt({push})]', home="another", HF_HUB_OFFLINE="1")
     assert offline[0] == expected and "HF_HUB_OFFLINE is set. Unset it, or write the folder alone" in offline[1]
     refused = client(f'result = opened("hf-hub:{REPO}")', home="empty", HF_HUB_OFFLINE="1")

@@ -180,10 +180,8 @@ def test_nothing_of_size_bcd_is_allocated(full, symmetric, form):
     y = torch.randn(C, D, dtype=torch.float64, requires_grad=True)
     sigma, tril, beta, lmbda = metric.tensors(torch.float64)
     with LargestAllocation() as fast:
-        if form == "plain":
-            d = gemm_distance(x, y, sigma, tril, beta, lmbda, metric.eps, symmetric)
-        else:
-            d = metric(x, y)
+        plain = form == "plain"
+        d = gemm_distance(x, y, sigma, tril, beta, lmbda, metric.eps, symmetric) if plain else metric(x, y)
         d.sum().backward()
     with LargestAllocation() as literal:
         metric.reference(x, y).sum().backward()

@@ -279,7 +279,7 @@ def test_training_moves_the_charts_and_saves_them(tmp_path):
 
 def test_evaluation_alone_is_that_of_the_run(tmp_path):
     data = make_images(tmp_path / "images")
-    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--faim-cfg", "normalize=True", "scale_init=16.0")
+    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--faim-cfg", "space=sphere", "scale_init=16.0")
     train("--eval-only", "--resume", run, "--output", tmp_path, "--experiment", "again", "--workers", "0")
     best = max(read_summary(run), key=lambda row: float(row["eval_top1"]))
     found = json.loads((tmp_path / "again" / "eval.json").read_text())["metrics"]

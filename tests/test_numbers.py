@@ -138,7 +138,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     images = make_images(folder / "images")
     options = ["--data-dir", images, "--model", "faim_test_resnet", *TINY, "--output", folder]
-    train(*options, "--experiment", "run", "--stop-epoch", "1", "--faim-cfg", "margin=0.3", "recipe=plain")
+    train(*options, "--experiment", "run", "--stop-epoch", "1", "--faim-cfg", "margin=0.3", "preset=flat")
     recipe = yaml.safe_load((folder / "run" / "args.yaml").read_text())
     recipe["faim_cfg"] = {"margin": 0.3}  # as before there were recipes, when "plain" was what there was
     (folder / "run" / "args.yaml").write_text(yaml.safe_dump(recipe))
@@ -148,14 +148,14 @@ def run(tmp_path_factory):
 def test_a_run_goes_on_with_the_head_that_it_was_made_with(run, capsys):
     folder, _ = run
     args = parse_args(["--resume", str(folder)])
-    assert args.faim_cfg["recipe"] == "plain" and args.faim_cfg["margin"] == 0.3
+    assert args.faim_cfg["preset"] == "flat" and args.faim_cfg["margin"] == 0.3
     assert args.faim_cfg == saved_faim_cfg(folder)
     assert parse_args(["--resume", str(folder), "--faim-cfg", "margin=0.1"]).faim_cfg == {"margin": 0.1}
 
 
 def test_options_that_make_another_head_do_not_go_on_with_a_run(run):
     folder, options = run
-    with pytest.raises(UserError, match=r"made with a head of recipe='plain' .*Go on with --resume"):
+    with pytest.raises(UserError, match=r"made with a head of preset='flat' .*Go on with --resume"):
         train(*options, "--resume", folder, "--faim-cfg", "margin=0.3")
 
 

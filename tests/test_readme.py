@@ -37,4 +37,4 @@ def test_first_example_runs_as_it_stands():
     code = code.replace("faim_vit_base_patch16_224", "faim_test_vit").replace("pretrained=True", "pretrained=False")
     scope = {"timm": timm, "timm_faim": timm_faim}
     exec(code, scope)
-    assert scope["model"].head.num_classes == 200 and scope["model"].faim_cfg["recipe"] == "indicatrix"
+    assert scope["model"].head.num_classes == 200 and scope["model"].faim_cfg["preset"] == "indicatrix"

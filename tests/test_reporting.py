@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from runs import make_images
 from timm.data import create_dataset, create_loader
 
-from timm_faim import FAIMHead, faim_heads
+from timm_faim import PRESETS, FAIMHead, faim_heads
 from timm_faim.training.evaluation import Evaluation, collect
 from timm_faim.training.reporting import heads as head_pictures
 from timm_faim.training.reporting import plots
@@ -22,10 +22,11 @@ from timm_faim.training.reporting.page import write_report
 from timm_faim.training.reporting.pictures import Pictures, head_features
 
 ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
+FLAT = PRESETS["flat"] | {"lambda_init": 0.4}
 HEADS = {
-    "plain": {}, "full": {"full_sigma": True}, "randers": {"symmetric": False}, "damped": {"damping": 0.7},
-    "full randers on the sphere": {"full_sigma": True, "symmetric": False, "normalize": True},
-    "sphere with prior": {"normalize": True, "prior": True}, "no 1-form": {"lambda_init": 0.0},
+    "default": {}, "flat": FLAT, "full": FLAT | {"full_sigma": True}, "randers": FLAT | {"symmetric": False},
+    "full randers on the sphere": {"full_sigma": True, "symmetric": False, "space": "sphere"},
+    "sphere with prior": {"space": "sphere", "prior": True}, "no 1-form": FLAT | {"lambda_init": 0.0},
 }
 
 
@@ -46,7 +47,8 @@ def odd_head(options, C=5, D=12):
     head = FAIMHead(D, C, **{"lambda_init": 0.4, **options}).double().eval()
     with torch.no_grad():
         for name, parameter in head.named_parameters():
-            if name != "scale" and not (name == "metric.lmbda" and options.get("lambda_init") == 0.0):
+            of_frame = name == "metric.log_sigma_diag" and not head.is_flat
+            if name != "scale" and not of_frame and not (name == "metric.lmbda" and options.get("lambda_init") == 0.0):
                 parameter.add_(0.5 * torch.randn_like(parameter))
     return head
 
@@ -63,7 +65,7 @@ def test_two_parts_are_the_literal_ones_and_sum_to_the_distance(options):
         logits = logits - head.prior.detach()
     torch.testing.assert_close(riemannian + form, -(logits / head.gamma().detach())[torch.arange(20), k], rtol=1e-9,
                                atol=1e-9)
-    v = embedded - head.embed(head.mu.detach())[k]
+    v = embedded - head.project(head.mu.detach())[k]
     literal = (torch.einsum("nd,de,ne->n", v, head.metric.sigma().detach(), v) + head.metric.eps).sqrt()
     torch.testing.assert_close(riemannian, literal)
     if head.metric.symmetric:
@@ -77,8 +79,8 @@ def test_geometry_is_that_of_the_dense_metric(options):
     head = odd_head(options)
     geometry = HeadDistances(head).geometry()
     sigma = head.metric.sigma().detach()
-    torch.testing.assert_close(geometry.spectrum, torch.linalg.eigvalsh(sigma).flip(0))
-    # the metric's own 1-form on the unit vectors, without smoothing and damping: (F(v) - F(-v)) / 2 of a Randers one
+    torch.testing.assert_close(geometry.spectrum, torch.linalg.eigvalsh(head.sigma().detach()).flip(0))
+    # the metric's own 1-form on the unit vectors, without smoothing: (F(v) - F(-v)) / 2 of a Randers one
     beta = head.metric.beta.detach()
     if not head.metric.symmetric:
         eye = torch.eye(12, dtype=torch.float64)
@@ -114,7 +116,7 @@ def test_grey_pictures_have_no_channel_axis(images):
 
 
 def test_features_are_what_the_head_gets(images):
-    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"normalize": True}).train()
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"space": "sphere"}).train()
     loader = loader_of(images, "train")
     features, labels = head_features(model, Pictures(loader), range(12))
     assert model.training and not model.fc._forward_pre_hooks
@@ -130,7 +132,7 @@ def test_typical_images_are_the_nearest_of_the_class():
     head, features = odd_head({}), torch.randn(40, 12, dtype=torch.float64)
     labels, pool = np.arange(40) % 4, 100 + np.arange(40)
     typical = head_pictures.typical_images(HeadDistances(head), features, pool, labels, [1, 4])
-    d = head.metric.reference(features, head.mu.detach())[:, 1].detach()
+    d = head.metric.reference(features, head.project(head.mu.detach()))[:, 1].detach()
     own = np.flatnonzero(labels == 1)
     nearest = own[np.argsort(d[own].numpy())][:3]
     assert typical[1].indices.tolist() == (100 + nearest).tolist()
@@ -180,7 +182,7 @@ def test_pool_holds_the_classes_that_are_shown():
 
 def test_rival_is_the_true_class_or_the_second_choice():
     head, features = odd_head({}), torch.randn(6, 12, dtype=torch.float64)
-    order = head(features).argsort(1, descending=True).numpy()
+    order = (-head.metric(features, head.project(head.mu))).argsort(1, descending=True).numpy()
     target = order[:, 0].copy()
     target[4:] = order[4:, 3]
     evaluation = Evaluation(5, np.arange(6), target, order[:, 0], *[np.ones(6)] * 4)
@@ -244,10 +246,10 @@ def test_page_is_whole_and_needs_no_other_file(images, tmp_path):
 
 
 def test_page_of_a_full_directed_metric_on_the_sphere(images, tmp_path):
-    options = {"full_sigma": True, "symmetric": False, "normalize": True, "lambda_init": 2.0}
+    options = {"full_sigma": True, "symmetric": False, "space": "sphere", "lambda_init": 2.0}
     page, files = report_of(tmp_path, images, "faim_test_resnet", faim_cfg=options)
     assert {"head.png", "prototypes.png"} <= files and "learning_curve.png" not in files
-    assert "full Σ, Randers, on the indicatrix" in page.text
+    assert "Σ = I, Randers, on the sphere" in page.text
 
 
 def test_page_of_a_linear_model_has_curves_and_confusion_only(images, tmp_path):
@@ -274,7 +276,7 @@ def test_page_of_grey_images_and_of_a_transformer(images, tmp_path):
 def test_report_measures_the_share_on_the_predicted_prototypes(images, tmp_path, monkeypatch):
     """The number in the table is the mean of λ|β'v| / d over all 7 images."""
     model = timm.create_model("faim_test_resnet", num_classes=3,
-                              faim_cfg={"recipe": "plain", "lambda_init": 0.8}).eval()
+                              faim_cfg={"preset": "flat", "lambda_init": 0.8}).eval()
     val = loader_of(images, "val")
     evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
     page = write_report(tmp_path, model, [], evaluation=evaluation, val_images=val)

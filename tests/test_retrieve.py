@@ -11,7 +11,7 @@ from PIL import Image
 from runs import make_images, train_tiny
 from sklearn.metrics import normalized_mutual_info_score
 
-from timm_faim import FAIMHead
+from timm_faim import PRESETS, FAIMHead
 from timm_faim import retrieve as command
 from timm_faim.retrieval import (
     average_precision_at_r,
@@ -28,8 +28,10 @@ from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet, sheet_size
 from timm_faim.training.checkpoint import save_config, save_weights
 from timm_faim.training.errors import UserError
 
-HEADS = {"plain": {}, "full": {"full_sigma": True}, "randers": {"symmetric": False}, "sphere": {"normalize": True},
-         "full randers on the sphere": {"full_sigma": True, "symmetric": False, "normalize": True}}
+FLAT = PRESETS["flat"] | {"lambda_init": 0.8}
+HEADS = {"default": {}, "flat": FLAT, "full": FLAT | {"full_sigma": True}, "randers": FLAT | {"symmetric": False},
+         "sphere": {"space": "sphere"},
+         "full randers on the sphere": {"full_sigma": True, "symmetric": False, "space": "sphere"}}
 
 
 def odd_head(D=6, **options):
@@ -37,7 +39,8 @@ def odd_head(D=6, **options):
     head = FAIMHead(D, 3, **{"lambda_init": 0.8, **options})
     with torch.no_grad():
         for parameter in head.metric.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            if head.is_flat or parameter is not head.metric.log_sigma_diag:
+                parameter.add_(0.3 * torch.randn_like(parameter))
         head.metric.beta.copy_(torch.randn(D))
     return head
 
@@ -198,7 +201,7 @@ def lloyd_by_loops(points, initial, embed, literal_distance):
 @torch.no_grad()
 def test_clusters_are_those_of_a_loop_for_every_distance():
     x, labels = labelled()
-    for options in ({}, {"symmetric": False, "normalize": True}):
+    for options in ({}, {"symmetric": False, "space": "sphere"}):
         head = odd_head(**options)
         for distance in distances_of(head, torch.device("cpu")):
             points = distance.embed(x.double())
@@ -348,7 +351,7 @@ def test_a_class_of_one_image_is_left_out(retrieve, tmp_path, capsys):
 
 
 def test_grey_randers_model_under_amp(retrieve, images, tmp_path, capsys):
-    model = saved(tmp_path / "grey", in_chans=1, faim_cfg={"symmetric": False, "normalize": True})
+    model = saved(tmp_path / "grey", in_chans=1, faim_cfg={"symmetric": False, "space": "sphere"})
     facts = retrieve(images / "val", "--amp", checkpoint=f"local-dir:{model}")
     assert facts["symmetric"] is False and facts["amp"] is True
     assert "directed (Randers): d_F(query, gallery) = F(query - gallery)" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from timm_faim.training.factories import build_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg=dict(normalize=True))
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg=dict(margin=0.3))
     return save_model(model, tmp_path_factory.mktemp("saved"), label_names=["a", "b", "c"])
 
 
@@ -41,7 +41,7 @@ def test_a_saved_config_is_accepted(config):
     ({"architecture": None}, "architecture must be str, got None"),
     ({"num_classes": "3"}, "num_classes must be int, got '3'"),
     ({"pretrained_cfg": []}, "pretrained_cfg must be dict"),
-    ({"model_args": {"faim_cfg": {"normalise": True}}}, "unknown faim_cfg key 'normalise'; did you mean 'normalize'"),
+    ({"model_args": {"faim_cfg": {"spaec": "flat"}}}, "unknown faim_cfg key 'spaec'; did you mean 'space'"),
     ({"model_args": {"faim_cfg": {"margin": 1e9, "prior": "yes"}}}, "must be bool"),
     ({"model_args": {"in_chans": 10**9}}, "in_chans must be a whole number in 1..1000000, got '1000000000'"),
     ({"model_args": {"img_size": [32, -1]}}, "img_size must be a whole number"),
@@ -90,7 +90,7 @@ def test_a_wrong_pretrained_cfg_is_refused_by_name(config, key, value, message):
 
 @pytest.mark.parametrize(("section", "key", "value", "message"), [
     ("model_args", "in_chans", 10**9, "in_chans must be a whole number"),
-    ("model_args", "faim_cfg", {"normalise": True}, "unknown faim_cfg key 'normalise'"),
+    ("model_args", "faim_cfg", {"spaec": "flat"}, "unknown faim_cfg key 'spaec'"),
     ("model_args", "no_such_option", 1, "no_such_option"),
     ("pretrained_cfg", "hf_hub_filename", "../x.bin", "points at other weights"),
     ("pretrained_cfg", "custom_load", True, "custom_load"),
@@ -112,7 +112,7 @@ def test_another_number_of_classes_loads_the_backbone(folder, caplog):
         "FAIM head 'fc': checkpoint has 3 classes, model 5; the head starts fresh; centre and metric are the "
         "checkpoint's"]
     head = model.get_classifier()
-    assert head.mu.shape[0] == 5 and head.normalize and torch.equal(head.whiten, saved.get_classifier().whiten)
+    assert head.mu.shape[0] == 5 and torch.equal(head.whiten, saved.get_classifier().whiten)
     assert torch.equal(model.conv1[0].weight, saved.conv1[0].weight)
 
 

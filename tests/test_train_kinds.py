@@ -33,14 +33,14 @@ def test_losses_that_take_every_class_by_itself_learn(images, tmp_path, loss):
 
 
 def test_at_the_start_every_class_has_its_share(images, tmp_path):
-    for cfg in (["normalize=True"], ["normalize=False"], ["init=seed", "lambda_init=0.2"]):
+    for cfg in (["space=sphere"], ["preset=flat"], ["preset=founding", "lambda_init=0.2"]):
         args = parse_args(["--data-dir", str(images), "--model", "faim_test_vit", "--loss", "bce", "--img-size", "32",
                            "--faim-cfg", *cfg])
         (head,) = faim_heads(factories.build_model(args, 500)).values()
         x = torch.randn(64, head.in_features)
         distance = (head.prior - head(x)).mean() / head.gamma()
         assert distance.item() == pytest.approx(head.initial_distance(), rel=0.1)
-        if cfg != ["init=seed", "lambda_init=0.2"]:  # whose distances of 20 and more saturate the sigmoid
+        if cfg[0] != "preset=founding":  # whose distances of 20 and more saturate the sigmoid
             assert 1 / 2000 < head(x).double().sigmoid().mean().item() < 4 / 500
 
 

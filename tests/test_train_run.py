@@ -44,7 +44,7 @@ def evaluate_run(run, images):
 
 @pytest.fixture(scope="module")
 def faim_run(images, tmp_path_factory):
-    return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "normalize=True", "margin=0.2",
+    return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "space=sphere", "margin=0.2",
                       "--damp-epochs", "2", "--head-init", "data", "--epochs", "3", "--report")
 
 
@@ -75,7 +75,7 @@ def test_timm_opens_the_best_weights_with_their_preprocessing(faim_run, images):
     assert metrics["top1"] == pytest.approx(float(best["eval_top1"]))
     assert metrics["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-5)
     assert model.num_classes == 3 and len(faim_heads(model)) == 1
-    assert model.faim_cfg["normalize"] is True and model.faim_cfg["margin"] == 0.2
+    assert model.faim_cfg["space"] == "sphere" and model.faim_cfg["margin"] == 0.2
     assert model.pretrained_cfg["label_names"] == ["bird", "cat", "dog"]
     assert resolve_model_data_config(model)["input_size"] == (3, 32, 32)
 
@@ -285,15 +285,6 @@ def test_the_rate_that_follows_the_batch_is_on_record(images, tmp_path):
     assert yaml.safe_load((run / "args.yaml").read_text())["lr"] == pytest.approx(0.01 * (4 / 256) ** 0.5)
 
 
-def test_training_on_from_a_damped_model_evaluates_what_it_saves(images, tmp_path):
-    first = train_tiny(images, tmp_path / "a", "--faim-cfg", "damping=0.8", "lambda_init=0.5", "--epochs", "1")
-    second = train_tiny(images, tmp_path / "b", "--damp-epochs", "1", "--epochs", "1", "--pretrained",
-                        model=f"local-dir:{first}")
-    model, again = evaluate_run(second, images)
-    assert model.get_classifier().metric.damping.item() == pytest.approx(0.8)
-    assert again["loss"] == pytest.approx(float(read_summary(second)[0]["eval_loss"]), abs=1e-5)
-
-
 def evaluation_in(folder):
     (written,) = folder.glob("*/eval.json")
     return json.loads(written.read_text())["metrics"]
@@ -399,7 +390,7 @@ def test_refitted_heads_are_class_statistics_of_the_trained_features(images, tmp
     run = train_tiny(images, tmp_path, "--head-refit", "1", "--epochs", "2", "--lr", "1e-2")
     model, metrics = evaluate_run(run, images)
     (head,) = faim_heads(model).values()
-    assert head.center is not None and model.faim_cfg["recipe"] == "indicatrix"
+    assert head.center is not None and model.faim_cfg["preset"] == "indicatrix"
     last = load_file(run / "last.safetensors")
     names = [name for name in last if name.endswith("center")]
     assert len(names) == 1 and last[names[0]].abs().sum() > 0

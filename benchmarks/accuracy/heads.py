@@ -185,7 +185,7 @@ METHODS: dict[str, tuple[Callable[..., nn.Module], Ranges]] = {
     "isomax_plus": (IsoMaxPlus, {"scale": (4.0, 40.0, "log")}),
     "faim_mahalanobis": (_faim(lambda_init=0.0, full_sigma=False), _DISTANCE_SCALE | _MARGINS),
     "faim_sphere": (
-        _faim(lambda_init=0.0, full_sigma=False, normalize=True, learn_metric=False), _DISTANCE_SCALE | _MARGINS
+        _faim(lambda_init=0.0, full_sigma=False, space="sphere"), _DISTANCE_SCALE | _MARGINS
     ),
     "faim_indicatrix": (_faim(lambda_init=0.0, full_sigma=True, **_INDICATRIX), _DISTANCE_SCALE | _MARGINS),
     "faim_indicatrix_eye": (_faim(lambda_init=0.0, full_sigma=False, **_INDICATRIX), _DISTANCE_SCALE | _MARGINS),

@@ -205,7 +205,7 @@ def fit_(
     shrinkage: float = 0.3,
     device: Optional[torch.device] = None,
 ) -> nn.Module:
-    """Set every FAIM head of ``model`` in closed form from one pass over (images [B, ...], class indices [B]), in place.
+    """Set every FAIM head of ``model``, in place and in closed form, from (images [B, ...], class indices [B]).
 
     A head alone is such a model, of features [B, D]: ``fit_(head, [(features, targets)])``.
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class FoldedHead(nn.Module):
     """The logits of a head on the indicatrix or the sphere, from one linear layer.
 
-    With m̂ = μ/|μ| and z = (x - c) A, the layer gives y = (x - c) A m̂' and z (on the sphere z = x): all that it takes for
-    logits = -γ sqrt(2 - 2 y / |z| + ε). For one x the classes stand in the order of y alone, which
+    With m̂ = μ/|μ| and z = (x - c) A, the layer gives y = (x - c) A m̂' and z (on the sphere z = x), all that it takes
+    for logits = -γ sqrt(2 - 2 y / |z| + ε). For one x the classes stand in the order of y alone, which
     :func:`timm_faim.to_linear` keeps.
 
     Args:

@@ -152,6 +152,14 @@ class FAIMHead(nn.Module):
         else:
             self.metric.reset_to_unit_distance(2.0 * D)
 
+    @property
+    @torch.jit.unused
+    def kind(self) -> str:
+        """The head in words, such as "full Σ, on the indicatrix"."""
+        words = ["Σ = I" if self.space == "sphere" else "full Σ" if self.full_sigma else "diagonal Σ"]
+        words += ["Randers"] * (not self.metric.symmetric) + [f"on the {self.space}"] * (not self.is_flat)
+        return ", ".join(words + ["class prior"] * (self.prior is not None))
+
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (off ``"flat"``: any)."""
         if not self.is_flat:

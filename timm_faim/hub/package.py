@@ -254,9 +254,6 @@ def _head_facts(heads: Mapping[str, Any]) -> dict[str, str]:
     """λ, γ and the form of Σ of each head."""
     facts = {}
     for name, head in heads.items():
-        words = [f"{head.num_classes} prototypes of {head.in_features} features",
-                 f"{'full' if head.full_sigma else 'diagonal'} Σ",
-                 f"λ = {float(head.metric.lmbda.detach().abs()):.4g}", f"γ = {float(head.gamma().detach()):.4g}"]
-        words += [f"on the {head.space}"] * (not head.is_flat) + ["class prior"] * (head.prior is not None)
-        facts[name] = ", ".join(words)
+        facts[name] = (f"{head.num_classes} prototypes of {head.in_features} features, {head.kind}, "
+                       f"λ = {float(head.metric.lmbda.detach().abs()):.4g}, γ = {float(head.gamma().detach()):.4g}")
     return facts

@@ -50,7 +50,7 @@ class MetricHolder:
         return self._metric[0]
 
     def embed(self, embeddings: Tensor) -> Tensor:
-        """Embeddings as the metric sees them, in at least float32; through a head's own ``embed`` where there is one."""
+        """Embeddings as the metric sees them, in at least float32: those that a head, where there is one, makes."""
         wide = torch.promote_types(embeddings.dtype, torch.float32)
         if self._head:
             return self._head[0].embed(embeddings).to(wide)

@@ -14,9 +14,9 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.numbers import MANY, SHARE, Number, above, real, whole
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages", "freeze_gamma",
-             "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature",
-             "contrastive_margin", "contrastive_stages")
+FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages",
+             "freeze_gamma", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive",
+             "contrastive_temperature", "contrastive_margin", "contrastive_stages")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")

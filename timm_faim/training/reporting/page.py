@@ -178,10 +178,7 @@ def _add_heads(
 
 
 def _head_row(name: str, head: FAIMHead, geometry: Geometry, shares: np.ndarray | None) -> list[str]:
-    form = "full Σ" if head.full_sigma else "diagonal Σ"
-    place = "" if head.is_flat else f", on the {head.space}"
-    kind = form + ("" if head.metric.symmetric else ", Randers") + place
-    return [name or "(model)", str(head.in_features), str(head.num_classes), kind, f"{geometry.lmbda:.4g}",
+    return [name or "(model)", str(head.in_features), str(head.num_classes), head.kind, f"{geometry.lmbda:.4g}",
             f"{geometry.gamma:.4g}", f"{geometry.condition:.3g}", f"{geometry.strongest:.3g}",
             "–" if shares is None else f"{shares.mean():.2f} %"]
 
