@@ -1,4 +1,5 @@
-"""Time and memory of classifier heads: forward + cross entropy + backward, against nn.Linear in the same run.
+"""Time and memory of classifier heads against nn.Linear in the same run: forward + cross entropy + backward, and on the
+CPU inference of single features.
 
     python benchmarks/head.py                     # CPU table
     python benchmarks/head.py --device cuda       # GPU tables, compiled (--eager: eager as well)
@@ -22,7 +23,7 @@ from machine import headline
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import PRESETS, FAIMHead
+from timm_faim import PRESETS, FAIMHead, to_linear
 
 
 class LiteralHead(FAIMHead):
@@ -157,6 +158,29 @@ def table(B, C, D, device, precision, compile_mode, rounds, names) -> None:
         torch.cuda.empty_cache()
 
 
+def inference_table(D, C, rounds) -> None:
+    """Eager inference of one feature at a time, as a service sees it."""
+    torch.manual_seed(0)
+    head, x = FAIMHead(D, C).eval(), torch.randn(1, D)
+    ways = {"Linear": nn.Linear(D, C), "frozen Linear(D, D) + Linear": floor(D, C), "FAIM": head,
+            "FAIM, head.folded()": head.folded(), "FAIM, ranking alone: to_linear(head)": to_linear(head)}  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for i in range(40 * rounds + 40):
+            for name, way in ways.items():
+                begin = time.perf_counter()
+                way(x)
+                if i >= 40:
+                    times[name].append(time.perf_counter() - begin)
+    print(f"\n### cpu, inference of one feature, D={D}, C={C}, medians of {40 * rounds} calls\n")
+    print("| head | µs | ratio to Linear |")
+    print("|---|---|---|")
+    base = statistics.median(times["Linear"])
+    for name in ways:
+        median = statistics.median(times[name])
+        print(f"| {name} | {median * 1e6:.0f} | {median / base:.2f} |", flush=True)
+
+
 def _warm(step: Step, device: str) -> float:
     for _ in range(2):
         step()
@@ -173,16 +197,19 @@ def main() -> None:
     cuda = args.device == "cuda"
     command = f"python benchmarks/head.py {' '.join(sys.argv[1:])}".strip()
     print(headline(command, cuda=cuda))
+    fast = [name for name in HEADS if name != "literal formula"]
     if not cuda:
         table(256, 1000, 768, "cpu", "float32", "eager", args.rounds, list(HEADS))
+        table(256, 21841, 768, "cpu", "float32", "eager", max(3, args.rounds // 4), list(HEADS)[:3])
+        inference_table(768, 1000, args.rounds)
+        inference_table(1280, 15, args.rounds)
         return
-    fast = [name for name in HEADS if name != "literal formula"]
-    for C in (1000, 21841):
-        for precision in args.precision:
-            table(256, C, 768, "cuda", precision, "default", args.rounds, list(HEADS) if C == 1000 else fast)
-        table(256, C, 768, "cuda", "tf32", "reduce-overhead", args.rounds, fast)
-        if args.eager:
-            table(256, C, 768, "cuda", "tf32", "eager", args.rounds, list(HEADS) if C == 1000 else fast)
+    for precision in args.precision:
+        table(256, 1000, 768, "cuda", precision, "default", args.rounds, list(HEADS))
+        table(1024, 21841, 768, "cuda", precision, "default", args.rounds, fast)
+    if args.eager:
+        for B, C in ((256, 200), (256, 1000), (1024, 21841)):
+            table(B, C, 768, "cuda", "tf32", "eager", args.rounds, fast)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ class FAIMHead(nn.Module):
             return self.metric.scaled_distance(self.project(z), self.project(self.mu), -self.gamma())
         z = z.to(torch.promote_types(torch.promote_types(z.dtype, self.mu.dtype), torch.float32))
         flat = z.reshape(-1, self.in_features)
-        logits = cosine_logits(flat, self.mu.to(z.dtype), self.gamma().to(z.dtype), self.metric.eps)
+        logits = cosine_logits(flat, self.mu.to(z.dtype), self.scale.to(z.dtype), self.metric.eps)
         return logits.reshape(z.shape[:-1] + logits.shape[1:])
 
     def embed(self, x: Tensor) -> Tensor:

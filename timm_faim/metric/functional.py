@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .triangular import tri_matmul, tri_matmul_t
 
-LARGEST_INVERSE = 1e4  # of a norm; the bound keeps the gradient at a zero vector small
-
 
 def one_form_term(b: Tensor, symmetric: bool, eps: float) -> Tensor:
     """The 1-form part of F before λ: smoothed |b| (symmetric) or b itself (Randers). Any shape."""
@@ -90,8 +88,8 @@ def gemm_distance(
 
 
 def inverse_norms(y_CD: Tensor) -> Tensor:
-    """1 / |y| [...] of vectors y [..., D], at most 1e4."""
-    return 1.0 / torch.linalg.vector_norm(y_CD, dim=-1).clamp_min(1e-4)
+    """1 / sqrt(|y|² + 1e-8) [...] of vectors y [..., D]: the gradient at a zero vector is bounded."""
+    return (torch.linalg.vector_norm(y_CD, dim=-1).square() + 1e-8).rsqrt()
 
 
 def unit_vectors(x: Tensor) -> Tensor:

@@ -27,11 +27,13 @@ def backward_without_autocast(backward: Callable) -> Callable:
     return run
 
 
-def needs_plain_ops() -> bool:
-    """Whether only differentiable PyTorch operations will do: under torch.compile and export, the transforms of
-    torch.func (grad, vmap, jvp, ...) and forward-mode differentiation."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def needs_plain_ops(compiled: bool = True) -> bool:
+    """Whether only differentiable PyTorch operations will do: for export, the transforms of torch.func (grad, vmap,
+    jvp, ...), forward-mode differentiation and, with ``compiled``, torch.compile."""
+    if torch.compiler.is_compiling():
+        return compiled or not torch.is_grad_enabled() or _is_exporting()
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
