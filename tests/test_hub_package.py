@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     images = make_images(folder / "images")
-    return train_tiny(images, folder, "--faim-cfg", "normalize=True", "--stages", "1", "0", "--report")
+    return train_tiny(images, folder, "--faim-cfg", "normalize=True", "--report")
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from timm_faim.training.errors import UserError
 from timm_faim.training.state import FOLDER
 
-# Everything that holds state or draws: stages, mixup, erasing, dropout, average, accumulation, batch norm.
+# Everything that holds state or draws: a closed-form start, mixup, erasing, dropout, average, accumulation, batch norm.
 FULL = ["--model", "faim_test_resnet", *TINY, "--epochs", "3", "-b", "2", "--mixup", "0.4",
-        "--faim-cfg", "learn_metric=True", "lambda_init=0.1", "--stages", "1", "1",
+        "--faim-cfg", "learn_metric=True", "lambda_init=0.1", "--head-init", "data",
         "--cutmix", "0.4", "--reprob", "0.5", "--drop", "0.2", "--model-ema", "--model-ema-decay", "0.9",
         "--grad-accum-steps", "2", "--hflip", "0.5", "--recovery-interval", "1", "--checkpoint-hist", "2",
         "--no-report", "--log-interval", "1"]

@@ -45,7 +45,7 @@ def evaluate_run(run, images):
 @pytest.fixture(scope="module")
 def faim_run(images, tmp_path_factory):
     return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "normalize=True", "margin=0.2",
-                      "--damp-epochs", "2", "--head-init", "data", "--epochs", "3", "--report")
+                      "--head-init", "data", "--epochs", "3", "--report")
 
 
 def test_run_folder_is_complete(faim_run):
@@ -239,7 +239,7 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
 
 def test_two_processes_count_each_image_once_and_agree_with_one(images, tmp_path):
     result = two_processes("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model",
-                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1", "--damp-epochs", "1",
+                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1",
                            "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.5", "-b", "2")
     assert result.returncode == 0, result.stderr
     assert "; 2 x cpu;" in result.stdout
@@ -287,8 +287,7 @@ def test_the_rate_that_follows_the_batch_is_on_record(images, tmp_path):
 
 def test_training_on_from_a_damped_model_evaluates_what_it_saves(images, tmp_path):
     first = train_tiny(images, tmp_path / "a", "--faim-cfg", "damping=0.8", "lambda_init=0.5", "--epochs", "1")
-    second = train_tiny(images, tmp_path / "b", "--damp-epochs", "1", "--epochs", "1", "--pretrained",
-                        model=f"local-dir:{first}")
+    second = train_tiny(images, tmp_path / "b", "--epochs", "1", "--pretrained", model=f"local-dir:{first}")
     model, again = evaluate_run(second, images)
     assert model.get_classifier().metric.damping.item() == pytest.approx(0.8)
     assert again["loss"] == pytest.approx(float(read_summary(second)[0]["eval_loss"]), abs=1e-5)
@@ -333,10 +332,10 @@ def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(images, tmp_path, capsys):
-    train_tiny(images, tmp_path, "--dry-run", "--stages", "0.5", "0.5", "--lr-scale-mu", "10")
+    train_tiny(images, tmp_path, "--dry-run", "--lr-scale-mu", "10")
     output = capsys.readouterr().out
     for part in ("2 epochs of 3 updates of 4 images", "mu: 288 parameters, highest learning rate 0.03",
-                 "stage warm-up: epochs 0 to 1", "stage tune-metric: epochs 1 to 2", "memory of training:",
+                 "memory of training:",
                  "validation batch: loss"):
         assert part in output
     assert list(tmp_path.iterdir()) == []
@@ -374,7 +373,7 @@ def test_a_frozen_backbone_stays_as_it_was(images, tmp_path):
 
 def test_trackers_get_the_numbers_of_every_epoch(images, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = train_tiny(images, tmp_path, "--log-with", "tensorboard", "--stages", "1", "0")
+    run = train_tiny(images, tmp_path, "--log-with", "tensorboard")
     (folder,) = {path.parent for path in run.rglob("events.out.tfevents*") if path.parent.name == "timm_faim"}
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()

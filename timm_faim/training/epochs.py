@@ -6,13 +6,12 @@ from typing import Any
 
 from timm.utils import distribute_bn
 
-from timm_faim import set_damping
 from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
 from timm_faim.training.loop import Training, check_weights, evaluate, train_one_epoch
+from timm_faim.training.lr_scales import learning_rates
 from timm_faim.training.reporting.plots import draw_learning_curve
-from timm_faim.training.stages import learning_rates
 from timm_faim.training.summary import append_summary, cut_summary, epoch_line, head_metrics, read_summary
 
 
@@ -33,17 +32,12 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
         UserError: a loss that is not finite, unreadable data; what is saved so far is kept.
     """
     args, progress = run.args, run.progress
-    damping = getattr(run.model, "faim_cfg", {}).get("damping", 0.0)
     if run.accelerator.is_main_process:
         cut_summary(run.run_folder / "summary.csv", progress.epoch)
     last = epochs if args.stop_epoch is None else min(epochs, args.stop_epoch)
     try:
         while progress.epoch < last:
-            if args.damp_epochs:
-                set_damping(run.model, max(damping, 1 - progress.epoch / args.damp_epochs))
             trained = train_one_epoch(run)
-            if args.damp_epochs:
-                set_damping(run.model, damping)  # evaluate what a saved and reopened model computes
             if trained is not None:
                 finish_epoch(run, trained, val_loader, image_loaders, epochs, log)
             if run.is_stopping and progress.epoch < last:
@@ -78,11 +72,8 @@ def finish_epoch(
                         f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad")
     unreadable = count_unreadable(image_loaders, accelerator) if args.skip_unreadable else 0
 
-    if run.stages is not None:
-        trained["stage"] = run.stages.stage(progress.updates - 1)
-    rates = learning_rates(run.optimizer, run.stages, progress.updates - 1)
-    if run.stages is not None or len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
-        trained.update({f"lr_{part}": rate for part, rate in rates.items()})
+    if len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
+        trained.update({f"lr_{part}": rate for part, rate in learning_rates(run.optimizer).items()})
     trained.update(head_metrics(run.part))
     lr = sum(group["lr"] for group in run.optimizer.param_groups) / len(run.optimizer.param_groups)
 
@@ -108,7 +99,7 @@ def finish_epoch(
         if epoch == 0 and not drawn:
             log("no learning_curve.png: matplotlib is not installed (pip install 'timm-faim[train]')")
         numbers = trained | {f"eval_{key}": value for key, value in validated.items()}
-        accelerator.log({key: value for key, value in numbers.items() if not isinstance(value, str)}, step=epoch)
+        accelerator.log(numbers, step=epoch)
     progress.end_epoch()
     if run.checkpointer is not None:
         run.checkpointer.save(progress)

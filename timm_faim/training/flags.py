@@ -14,9 +14,8 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.numbers import MANY, SHARE, Number, above, real, whole
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages", "freeze_gamma",
-             "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive", "contrastive_temperature",
-             "contrastive_margin", "contrastive_stages")
+FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "head_refit", "lr_scale_scalars", "contrastive",
+             "contrastive_temperature", "contrastive_margin")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
@@ -27,8 +26,7 @@ TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_wit
                  "wandb_tags", "wandb_resume_id", "push_to_hub", "hub_private", "hub_license", "kd_model_name",
                  "distill_loss_weight", "task_loss_weight", "freeze", "head_only", "train_last", "cache_features",
                  "cache_views", "aug_splits", "jsd_loss", "aug_repeats", "mixup", "cutmix", "cutmix_minmax",
-                 "mixup_off_epoch", "head_init", "head_refit", "stages", "freeze_gamma", "damp_epochs", "contrastive",
-                 "contrastive_stages", "views", "samples_per_class")
+                 "mixup_off_epoch", "head_init", "head_refit", "contrastive", "views", "samples_per_class")
 
 
 def available_cores() -> int:
@@ -157,11 +155,6 @@ def _faim(parser: Parser) -> None:
     add("--head-refit", type=whole(-1, 10_000), metavar="N",
         help="after the last epoch set centre, prototypes and Σ in closed form, from all training images and N "
              "augmented epochs; -1: not, where a recipe does")
-    add("--damp-epochs", type=whole(0), default=0, metavar="N", help="fade the 1-form in over the first N epochs")
-    add("--stages", type=real(0, MANY), nargs=2, metavar=("WARMUP", "TUNE"),
-        help="epochs of the stages warm-up (metric frozen, no label smoothing) and tune-metric (rate of the metric "
-             "rises), fractions of the run below 1; 0 skips a stage, 0 0 all")
-    add("--freeze-gamma", action=_Flag, default=False, help="freeze γ in the warm-up stage too")
 
 
 def _freezing(parser: Parser) -> None:
@@ -174,10 +167,9 @@ def _freezing(parser: Parser) -> None:
     add("--cache-views", type=whole(0, 10_000), default=0, metavar="N",
         help="augmented views per image to cache; 0: one view without augmentation")
     for part, of in (("backbone", "the backbone"), ("mu", "the prototypes μ, or a plain model's classifier"),
-                     ("metric", "Σ and β"), ("scalars", "λ, γ and the prior")):
+                     ("scalars", "λ, γ and the prior")):
         add(f"--lr-scale-{part}", type=above(0, 1e6), default=1.0, metavar="F",
-        help=f"factor on the learning rate of {of}")
-    add("--lr-scale-lambda", type=above(0, 1e6), metavar="F", help="the same of λ alone (default: --lr-scale-scalars)")
+            help=f"factor on the learning rate of {of}")
 
 
 def _input(parser: Parser) -> None:
@@ -260,8 +252,6 @@ def _contrastive(parser: Parser) -> None:
         help="temperature of infonce, supcon and npair")
     add("--contrastive-margin", type=above(0, 1000), default=0.2, metavar="M",
         help="margin of triplet, in units of the distance")
-    add("--contrastive-stages", type=real(0, 1000), nargs=3, metavar=("WARMUP", "TUNE", "FINE"),
-        help="factors on the weights in the stages of --stages")
 
 
 def _distillation(parser: Parser) -> None:

@@ -23,12 +23,10 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
-from timm_faim.training.contrastive import ContrastiveTask
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
 from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.sampling import TrainingOrder, seed_step
-from timm_faim.training.stages import StageSchedule
 from timm_faim.training.state import Checkpointer, Progress
 
 
@@ -67,9 +65,7 @@ class Training:
     order: TrainingOrder
     run_folder: Path | None  # None in a dry run, which writes nothing
     scheduler: Any = None
-    stages: StageSchedule | None = None
     mixup: Callable | None = None
-    criteria: dict[bool, torch.nn.Module] = field(default_factory=dict)  # by whether labels are smoothed
     frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
     checkpointer: Checkpointer | None = None
     refit: "Callable[[Training], None] | None" = None  # after the last epoch
@@ -87,10 +83,6 @@ class Training:
         """Optimiser steps an epoch."""
         return -(-len(self.order) // self.args.grad_accum_steps)
 
-    def stage(self) -> str:
-        """Name of the present stage; empty without stages."""
-        return self.stages.stage(self.progress.updates) if self.stages else ""
-
     def whole_state(self) -> dict[str, torch.Tensor]:
         """State dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -103,16 +95,6 @@ class Training:
             return state
         prefix = next(name for name, module in self.model.named_modules() if module is self.part)
         return self.model.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in state.items()}
-
-    def enter_stage(self) -> None:
-        """Put label smoothing as the present stage wants it."""
-        smooths = self.stages is None or self.stages.smooths_labels(self.progress.updates)
-        if self.criteria:
-            self.task.criterion = self.criteria[smooths]
-        if isinstance(self.task, ContrastiveTask):
-            self.task.enter_stage(self.stage())
-        if self.mixup is not None:
-            self.mixup.label_smoothing = self.args.smoothing if smooths else 0.0
 
 
 class LateReader:
@@ -157,8 +139,8 @@ class _EpochRecord:
         self.run = run
         self.images_before, self.start = run.progress.samples, time.perf_counter()
         self.seconds_before = run.progress.seconds
-        self.bar = tqdm(total=len(run.order), initial=run.progress.step, unit="batch", leave=False,
-                        disable=None if run.accelerator.is_main_process else True)
+        self.bar = tqdm(desc=f"epoch {run.progress.epoch + 1}", total=len(run.order), initial=run.progress.step,
+                        unit="batch", leave=False, disable=None if run.accelerator.is_main_process else True)
 
     def consume(self, numbers: list[float], step: int, images: torch.Tensor, target: torch.Tensor) -> None:
         local_loss, loss_sum, hits, samples, stop, *parts = numbers
@@ -176,10 +158,6 @@ class _EpochRecord:
             rate = (progress.samples - self.images_before) / (time.perf_counter() - self.start)
             self.bar.set_postfix_str(f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
                                      f"{100 * progress.hits / progress.samples:.1f} %, {rate:.0f} images/s")
-
-    def name_stage(self) -> None:
-        stage = self.run.stage()
-        self.bar.set_description(f"epoch {self.run.progress.epoch + 1}" + (f", {stage}" if stage else ""))
 
     def keep_time(self) -> None:
         self.run.progress.seconds = self.seconds_before + time.perf_counter() - self.start
@@ -217,9 +195,6 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     has_parts = progress.step == 0 or set(progress.parts) == set(getattr(task, "part_names", ()))
     record = _EpochRecord(run)
     reader = LateReader(record.consume)
-    run.enter_stage()
-    record.name_stage()
-    stage = run.stage()
     optimizer.zero_grad()
     first = progress.step
     given = _told_last(run.order.batches(progress.epoch, first), getattr(run.order, "is_stream", False))
@@ -245,20 +220,15 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         parameter.grad.mul_(window / short)
-            with run.stages.update(optimizer, progress.updates) if run.stages else nullcontext():
-                if args.clip_grad is not None:
-                    accelerator.unscale_gradients(optimizer)
-                    dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
-                optimizer.step()
+            if args.clip_grad is not None:
+                accelerator.unscale_gradients(optimizer)
+                dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
+            optimizer.step()
             optimizer.zero_grad()
             progress.updates += 1
             task.update_ema(step=progress.updates)
             if run.scheduler is not None:
                 run.scheduler.step_update(progress.updates)
-            if run.stage() != stage:
-                stage = run.stage()
-                run.enter_stage()
-                record.name_stage()
 
         reader.push(step_numbers(result, target, run), step, images, target)
         progress.step = step + 1

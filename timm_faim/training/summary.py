@@ -72,8 +72,7 @@ def epoch_line(
         epoch: int, epochs: int, train: dict[str, Any], val: dict[str, Any], is_best: bool,
 ) -> str:
     """One line for a person; `val` is empty in an epoch without validation."""
-    stage = f" ({train['stage']})" if "stage" in train else ""
-    line = f"epoch {epoch + 1:3d}/{epochs}{stage}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
+    line = f"epoch {epoch + 1:3d}/{epochs}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
     if "top1" in val:
         line += (f" | validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} %"
                  f" of {val['samples']} images")
