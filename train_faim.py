@@ -82,6 +82,8 @@ def train_with(args: argparse.Namespace) -> None:
                           build_class_sampler(args, data, accelerator))
     frozen = apply_freeze(args, model)
     part, val_batches = model, val_loader
+    if not args.epochs and not faim_heads(model):
+        raise UserError(f"--epochs 0 fits FAIM heads in closed form, and {args.model} has none. Train it: --epochs 1")
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
         factories.fit_heads_to(
@@ -126,7 +128,7 @@ def train_with(args: argparse.Namespace) -> None:
         run.progress.start_at(args.start_epoch, run.updates_per_epoch)
         run.checkpointer.place_schedule(run.progress)
     if is_main and (later := run.checkpointer.set_later_aside(run.progress)):
-        restore_best(run.run_folder, run.progress.kept)
+        restore_best(run.run_folder, run.progress.top)
         log(f"  later checkpoints are set aside: {', '.join(later)}")
     recipe = {key: value for key, value in requested.items() if key not in ONE_LAUNCH} | {"lr": args.lr}
     if is_main:

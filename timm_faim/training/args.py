@@ -108,7 +108,8 @@ def _without_refit(args: argparse.Namespace) -> list[str]:
     """What among the options --head-refit does not go with."""
     return [flag for flag, on in (
         ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
-        ("--aug-splits", args.aug_splits), (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
+        ("--aug-splits", args.aug_splits), ("--epochs 0, whose heads --head-init data fits", not args.epochs),
+        (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
 
 
 def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
@@ -322,7 +323,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
          f"{args.dataset}. Leave it out"),
         (args.epoch_repeats and kind not in ("hfids", "tfds"),
          "--epoch-repeats is for hfids/ and tfds/ data. Raise --epochs instead"),
-        (args.warmup_epochs >= args.epochs and args.warmup_epochs and args.sched not in ("none", "plateau")
+        (not args.epochs and args.head_init != "data" and not args.eval_only,
+         "--epochs 0 trains nothing: give --head-init data, which fits the FAIM heads in closed form, or more epochs"),
+        (args.warmup_epochs >= args.epochs > 0 and args.warmup_epochs and args.sched not in ("none", "plateau")
          and not args.warmup_prefix and not args.eval_only,
          f"--warmup-epochs {args.warmup_epochs} leaves none of the {args.epochs} epochs at the full rate. Give at most "
          f"{args.epochs - 1}, or --warmup-prefix"),

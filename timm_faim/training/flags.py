@@ -151,7 +151,7 @@ def _faim(parser: Parser) -> None:
     add("--faim-blocks", type=whole(0, 10_000), metavar="N",
         help="log and exp maps around the last N blocks; the same as --faim-cfg blocks=N")
     add("--head-init", choices=("random", "data"), default="random",
-        help="data: class means and within-class variance of the backbone's features")
+        help="data: class means and within-class variance of the backbone's features, evaluated as epoch 0")
     add("--head-refit", type=whole(-1, 10_000), metavar="N",
         help="after the last epoch set centre, prototypes and Σ in closed form, from all training images and N "
              "augmented epochs; -1: not, where a recipe does")
@@ -296,7 +296,7 @@ def _schedule(parser: Parser) -> None:
     add("--sched", default="cosine", help="schedule",
         choices=("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none"))
     add("--sched-on-updates", action=_Flag, default=False, help="step the schedule after every update")
-    add("--epochs", type=whole(1), default=300, help="epochs")
+    add("--epochs", type=whole(0), default=300, help="epochs; 0 with --head-init data: fit, evaluate and save only")
     add("--min-lr", type=real(0, 1000), default=0.0, help="lowest learning rate")
     add("--warmup-lr", type=real(0, 1000), default=1e-5, help="learning rate at the start of the warm-up")
     add("--warmup-epochs", type=whole(0), metavar="N", help="epochs of warm-up (default: 5, half of a shorter run)")

@@ -76,8 +76,8 @@ def column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def epochs_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Epochs counted from 1 [E]: the column `epoch`, or the rows' places."""
-    given = column(rows, "epoch") + 1
+    """Epochs done [E], 0 for the start: the column `epoch`, or the rows' places from 1."""
+    given = column(rows, "epoch")
     return given if np.isfinite(given).all() else np.arange(1.0, len(rows) + 1)
 
 
