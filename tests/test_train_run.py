@@ -21,7 +21,7 @@ from timm_faim import faim_heads
 from timm_faim.training import epochs, loop, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import evaluate
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.reporting import plots
 
 ROOT = Path(__file__).parents[1]

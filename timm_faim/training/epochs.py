@@ -10,8 +10,9 @@ from timm_faim import faim_heads
 from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import Training, check_weights, evaluate, train_one_epoch
+from timm_faim.training.loop import Training, check_weights, train_one_epoch
 from timm_faim.training.lr_scales import learning_rates
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.reporting.plots import draw_learning_curve, has_matplotlib
 from timm_faim.training.state import Progress
 from timm_faim.training.summary import (

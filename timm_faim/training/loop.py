@@ -1,4 +1,4 @@
-"""One epoch of training and one evaluation.
+"""One epoch of training.
 
 Accelerate prepares the model and the optimiser only. timm's loader prefetches one batch ahead, which puts
 Accelerate's own accumulation out of step, so that the boundaries of accumulation are set here by hand.
@@ -11,19 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
-from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
 from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.sampling import TrainingOrder, seed_step
@@ -320,47 +318,3 @@ def stop_at_bad_loss(local_loss: float, step: int, images: torch.Tensor, target:
     raise RankError(f"the loss is {local_loss if is_here else math.nan} in epoch {run.progress.epoch + 1}, step "
                     f"{step + 1}.{where} checkpoints of earlier epochs are kept. Try a lower --lr, a longer "
                     "--warmup-epochs, --clip-grad, or --amp-dtype bfloat16")
-
-
-@torch.inference_mode()
-def evaluate(
-        model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace,
-        create_evaluator: Callable | None = None,
-) -> dict[str, Any]:
-    """Cross entropy and accuracy, every image counted exactly once on any number of processes.
-
-    timm's sampler repeats images at the end to make the processes even; the evaluator leaves the repetitions out.
-
-    Args:
-        model: gives logits [B, C].
-        loader: timm's validation loader.
-        accelerator: where and in which precision to run.
-        args: options (memory format, unreadable images).
-        create_evaluator: timm's evaluator of the task; None is single-label classification.
-
-    Returns:
-        `loss`, `top1`, `top5` (per cent; of a multi-label task what timm's evaluator gives) and `samples`, the number
-        of images counted, over all processes.
-    """
-    model.eval()
-    limit = evaluation_sample_limit(loader)
-    # Unreadable images are left out here by hand, which would put the evaluator's own count of images off.
-    options = {"max_samples": None if args.skip_unreadable else limit}
-    evaluator = (create_evaluator or partial(ClassificationEvaluator, accelerator.device))(**options)
-    seen = 0
-    for images, target in loader:
-        if args.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            output = model(images)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if args.skip_unreadable:
-            real = len(target) if limit is None else max(0, min(len(target), limit - seen))
-            seen += real
-            output, target = output[:real], target[:real]
-            readable = (target != UNREADABLE).reshape(len(target), -1).any(1)
-            output, target = output[readable], target[readable]
-        evaluator.update(output, target)
-    metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
-    metrics["samples"] = int(accelerator.reduce(evaluator.counts[0], "sum"))
-    return metrics
