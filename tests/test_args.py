@@ -8,7 +8,7 @@ import yaml
 
 from timm_faim.training.args import as_recipe, build_parser, loss_name, parse_args
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.flags import ONE_LAUNCH, available_cores
+from timm_faim.training.flags import ONE_LAUNCH, USUAL, available_cores
 from timm_faim.training.removed import REMOVED
 from timm_faim.training.resume import _changes
 
@@ -64,7 +64,7 @@ def test_plain_model_drops_the_head_options_of_a_recipe_but_refuses_its_own(reci
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data-dir", "d", "--epoch", "3"], r"unknown option --epoch\. Did you mean --epochs"),
-    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*whole number in 1..1000000, got three"),
+    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*whole number in 0..1000000, got three"),
     (["--data-dir", "d", "--num-classes", "0"], r"--num-classes must be a whole number in 1..10000000, got 0"),
     (["--data-dir", "d", "--num-classes", "-3"], r"--num-classes must be a whole number in 1..10000000, got -3"),
     (["--data-dir", "d", "--batch-size", "0"], r"--batch-size must be a whole number in 1"),
@@ -111,6 +111,18 @@ def test_bad_values_are_user_errors(argv, message):
 
 def test_every_option_has_help():
     assert [a.dest for a in build_parser()._actions if not a.help] == []
+
+
+@pytest.mark.parametrize(("flag", "most", "has_all"), [("-h", 90, False), ("--help", 90, False),
+                                                        ("--help-all", 999, True)])
+def test_help_is_short_and_all_of_it_can_be_had(capsys, flag, most, has_all):
+    with pytest.raises(SystemExit) as ended:
+        parse_args([flag])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and len(text.splitlines()) <= most
+    assert all(name in text for name in ("DIR", "--model", "--faim-cfg", "--epochs", "--help-all"))
+    assert ("--bce-sum" in text) == has_all and "default: None" not in text
+    assert set(USUAL) <= {action.dest for action in build_parser()._actions}
 
 
 def test_every_option_is_in_the_table_of_the_documentation():

@@ -192,7 +192,7 @@ def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `key: value` lines, got {type(recipe).__name__}")
 
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "help_all", "config")}
     words: list[str] = []
     recipe = without_removed({key: value for key, value in recipe.items() if key not in skip}, f" of {path}")
     for key, value in recipe.items():

@@ -20,6 +20,11 @@ FAIM_ONLY = ("faim_cfg", "faim_blocks", "head_init", "head_refit", "lr_scale_sca
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
 
+# Options that --help lists; the others are in --help-all.
+USUAL = ("help", "help_all", "data", "config", "data_dir", "dataset", "val_split", "workers", "model", "pretrained",
+         "faim_cfg", "head_init", "head_refit", "head_only", "cache_features", "lr_scale_mu", "img_size", "aa", "mixup",
+         "smoothing", "contrastive", "kd_model_name", "opt", "lr", "weight_decay", "epochs", "warmup_epochs", "amp",
+         "batch_size", "seed", "output", "experiment", "eval_only", "dry_run", "resume", "push_to_hub")
 
 # Options that an evaluation of a run does not take over: they do nothing there, or need a training.
 TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_with", "log_wandb", "wandb_project",
@@ -44,15 +49,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+).*?: (must be .*)", message, re.DOTALL):
             raise UserError(" ".join(match.groups()))
-        raise UserError(f"{message} (--help lists every option)")
+        raise UserError(f"{message} (--help-all lists every option)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults and ranges after each help text."""
+    """Defaults, where there is one, and ranges after each help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action)
+        has_default = str(action.default) not in ("None", "False", "", "[]", "{}")
+        text = super()._get_help_string(action) if has_default else action.help
         return f"{text} [{action.type}]" if isinstance(action.type, Number) else text
+
+
+class _ShowHelp(argparse._HelpAction):
+    """`--help` shows the usual options, `--help-all` every one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        if self.dest == "help_all":
+            super().__call__(parser, *args, **kwargs)
+        formatter = parser._get_formatter()
+        formatter.add_usage(parser.usage, (), ())
+        formatter.add_text(parser.description)
+        formatter.add_arguments(action for action in parser._actions if action.dest in USUAL)
+        print(formatter.format_help(), end="")
+        parser.exit()
 
 
 class _Flag(argparse.BooleanOptionalAction):
@@ -81,10 +101,13 @@ def switch(action: argparse.Action, value: bool) -> str | None:
 def build_parser() -> Parser:
     """The parser; its destinations are the keys of a recipe."""
     parser = Parser(
-        prog="train_faim.py", allow_abbrev=False, formatter_class=_Help,
+        prog="train_faim.py", usage="%(prog)s [DIR] [options]", allow_abbrev=False, formatter_class=_Help,
+        add_help=False,
         description="Train a FAIM model, or any timm model, on real images. Without data options it trains on the "
                     "bundled Omniglot characters.",
     )
+    parser.add_argument("-h", "--help", action=_ShowHelp, help="the options that are used most")
+    parser.add_argument("--help-all", action=_ShowHelp, help="every option")
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("-c", "--config", metavar="YAML", help="recipe: flag names with underscores as keys")
     for add_group in (_data, _model, _faim, _freezing, _input, _augmentation, _mixing, _loss, _contrastive,
