@@ -94,7 +94,7 @@ def test_card_says_how_to_load_it_and_carries_the_metrics(package, finished):
     assert top1.metric_value == pytest.approx(metrics["top1"] / 100, abs=1e-6)
     assert top5.metric_value == pytest.approx(metrics["top5"] / 100, abs=1e-6)
     assert "import timm_faim" in card.text and f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in card.text
-    assert "](metric.png)" in card.text and "| warm-up |" in card.text
+    assert "](metric.png)" in card.text and "| epoch | train loss |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
 

@@ -61,7 +61,7 @@ def test_run_folder_is_complete(faim_run):
 def test_summary_has_one_row_an_epoch(faim_run):
     start, *rows = read_summary(faim_run)
     assert start["epoch"] == "0" and start["train_loss"] == start["lr"] == "" and start["eval_samples"] == "7"
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and list(start)[:2] == ["epoch", "train_loss"]
     assert set(rows[0]) == {
         "epoch", "train_loss", "train_top1", "train_images_per_s", "train_seconds", "train_lambda", "train_gamma",
         "eval_loss", "eval_top1", "eval_top5", "eval_samples", "lr"}

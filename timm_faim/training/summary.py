@@ -69,7 +69,8 @@ def cut_summary(path: Path, epoch: int) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    fullest = max(rows, key=len, default={})  # whose order of columns is kept
+    columns = list(dict.fromkeys(key for row in (fullest, *rows) for key in row))
     write_csv(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
