@@ -36,11 +36,11 @@ from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.lock import release_locks
 from timm_faim.training.loop import Training
+from timm_faim.training.lr_scales import split_groups
 from timm_faim.training.plan import dry_run
 from timm_faim.training.refit import build_refit
 from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
-from timm_faim.training.stages import build_stages, split_groups, without_effect
 from timm_faim.training.state import Checkpointer
 from timm_faim.training.summary import save_recipe
 
@@ -81,10 +81,10 @@ def train_with(args: argparse.Namespace) -> None:
 
     order = TrainingOrder(train_loader, args.seed, accelerator.process_index,
                           build_class_sampler(args, data, accelerator))
-    if idle := without_effect(args, model):
-        log(f"{', '.join(idle)}: the metric of this model does not learn (learn_metric=False), nothing to move")
     frozen = apply_freeze(args, model)
     part, val_batches = model, val_loader
+    if not args.epochs and not faim_heads(model):
+        raise UserError(f"--epochs 0 fits FAIM heads in closed form, and {args.model} has none. Train it: --epochs 1")
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
         factories.fit_heads_to(
@@ -95,13 +95,10 @@ def train_with(args: argparse.Namespace) -> None:
         part, frozen = only_classifier(model), []
         log(f"features of {len(order.loader.target)} training images are computed; the head trains on them")
 
-    criteria = {smooth: tasks.build_criterion(args, part, args.smoothing if smooth else 0.0)
-                for smooth in (True, False)}
-    task = tasks.build_task(args, part, criteria[True], accelerator.device)
+    task = tasks.build_task(args, part, tasks.build_criterion(args, part), accelerator.device)
     optimizer = factories.build_optimizer(args, task.get_trainable_module(), world)
     split_groups(optimizer, part, args)
     scheduler, epochs = factories.build_scheduler(args, optimizer, len(order))
-    stages = build_stages(args, -(-len(order) // args.grad_accum_steps), epochs)
     if args.model_ema:  # a copy of the bare model: `prepare` below patches its forward and may wrap it
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     wrap_repeated_blocks(accelerator, task.get_trainable_module())
@@ -109,8 +106,8 @@ def train_with(args: argparse.Namespace) -> None:
     task.trainable_module, optimizer = accelerator.prepare(trainable, optimizer)
 
     # Everything that a wrong option can break is built; from here on there is work to keep.
-    run = Training(args, accelerator, model, part, task, optimizer, order, None, scheduler, stages,
-                   mixup=tasks.build_mixup(args, data.num_classes), criteria=criteria, frozen=frozen)
+    run = Training(args, accelerator, model, part, task, optimizer, order, None, scheduler,
+                   mixup=tasks.build_mixup(args, data.num_classes), frozen=frozen)
     if args.head_refit is not None and faim_heads(model):
         clean = build_fit_loader(args, data_config, accelerator, data.num_classes)
         run.refit = build_refit(clean, args.head_refit, epochs)
@@ -132,7 +129,7 @@ def train_with(args: argparse.Namespace) -> None:
         run.progress.start_at(args.start_epoch, run.updates_per_epoch)
         run.checkpointer.place_schedule(run.progress)
     if is_main and (later := run.checkpointer.set_later_aside(run.progress)):
-        restore_best(run.run_folder, run.progress.kept)
+        restore_best(run.run_folder, run.progress.top)
         log(f"  later checkpoints are set aside: {', '.join(later)}")
     recipe = {key: value for key, value in requested.items() if key not in ONE_LAUNCH} | {"lr": args.lr}
     if is_main:

@@ -6,7 +6,7 @@
 The data are random images already on the device, so that no loader hides a difference. All variants of a model share
 settings (AdamW, label smoothing, bf16 autocast, torch.compile) and are timed in turn, round after round; medians and
 ratios are over the rounds. --timm-train is timm's train.py of a source checkout: the script is not part of timm's
-wheel; without it that column is left out. The column "faim, stages" runs with the three-stage schedule.
+wheel; without it that column is left out.
 """
 import argparse
 import importlib.util
@@ -29,7 +29,7 @@ from timm_faim.training import factories, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.loop import Training, train_one_epoch
-from timm_faim.training.stages import build_stages, split_groups
+from timm_faim.training.lr_scales import split_groups
 
 FAIM_CFG = ("space=sphere", "scale_init=24.0", "margin=0.15")
 
@@ -51,7 +51,7 @@ class RandomImages:
         return self.steps
 
 
-def options(name: str, bench: argparse.Namespace, stages: bool = False) -> argparse.Namespace:
+def options(name: str, bench: argparse.Namespace) -> argparse.Namespace:
     """Options of train_faim.py for one variant."""
     words = ["--data-dir", "none", "--model", name, "--opt", "adamw", "--lr", "1e-4", "--epochs", "100000",
              "--warmup-epochs", "0", "--sched", "cosine", "--sched-on-updates",
@@ -60,12 +60,11 @@ def options(name: str, bench: argparse.Namespace, stages: bool = False) -> argpa
         words += ["--amp", "--amp-dtype", "bfloat16", "--torchcompile"]
     if name.startswith("faim_"):
         words += ["--faim-cfg", *FAIM_CFG]
-        words += ["--stages", "0.5", "0.2"] if stages else []
     return parse_args(words)
 
 
 class OurLoop:
-    """train_faim.py's epoch; one compiled model serves the run with and the one without stages."""
+    """train_faim.py's epoch."""
 
     def __init__(self, name: str, bench: argparse.Namespace, accelerator: Accelerator, images: RandomImages) -> None:
         args = options(name, bench)
@@ -77,15 +76,12 @@ class OurLoop:
         self.task = tasks.build_task(args, model, criterion, accelerator.device)
         optimizer = factories.build_optimizer(args, model, accelerator.num_processes)
         split_groups(optimizer, model, args)
-        scheduler, epochs = factories.build_scheduler(args, optimizer, len(images))
+        scheduler, _ = factories.build_scheduler(args, optimizer, len(images))
         self.task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
         self.run = Training(args, accelerator, model, model, self.task, optimizer, images, Path(tempfile.mkdtemp()),
                             scheduler)
-        self.stages = build_stages(options(name, bench, stages=True), len(images), epochs)
-        self.epochs = epochs
 
-    def images_per_second(self, stages: bool = False) -> float:
-        self.run.stages = self.stages if stages else None
+    def images_per_second(self) -> float:
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         result = train_one_epoch(self.run)
         self.run.progress.end_epoch()
@@ -162,7 +158,6 @@ def measure(name: str, bench: argparse.Namespace, accelerator: Accelerator) -> d
                          torch.randint(1000, (bench.batch_size,), device=device), bench.steps)
     plain, faim = (OurLoop(prefix + name, bench, accelerator, batch) for prefix in ("", "faim_"))
     variants = {"X": plain.images_per_second, "faim_X": faim.images_per_second,
-                "faim_X, stages": lambda: faim.images_per_second(stages=True),
                 "X, bare loop": BareLoop(plain, batch).images_per_second,
                 "faim_X, bare loop": BareLoop(faim, batch).images_per_second}
     if bench.timm_train:
@@ -182,7 +177,7 @@ def print_table(name: str, times: dict[str, list[float]], bench: argparse.Namesp
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
-    compared = {"X": None, "faim_X": "X", "faim_X, stages": "faim_X", "X, bare loop": None, "faim_X, bare loop": None}
+    compared = {"X": None, "faim_X": "X", "X, bare loop": None, "faim_X, bare loop": None}
     print(f"\n{name}, batch {bench.batch_size}, {bench.rounds} rounds of {bench.steps} steps\n")
     print("| variant | images/s | range | ratio |\n|---|---|---|---|")
     for label, values in times.items():

@@ -1,5 +1,6 @@
 """Command line and recipes: precedence, types, and errors that name the mend."""
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import yaml
 
 from timm_faim.training.args import as_recipe, build_parser, loss_name, parse_args
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.flags import ONE_LAUNCH, available_cores
+from timm_faim.training.flags import ONE_LAUNCH, USUAL, available_cores
+from timm_faim.training.removed import REMOVED
+from timm_faim.training.resume import _changes
 
 
 @pytest.fixture
@@ -52,16 +55,16 @@ def test_with_data_the_demo_recipe_is_not_used(data):
 
 
 def test_plain_model_drops_the_head_options_of_a_recipe_but_refuses_its_own(recipe):
-    config = recipe(data_dir="d", model="faim_resnet18", faim_cfg={"margin": 0.2}, head_init="data", damp_epochs=3)
+    config = recipe(data_dir="d", model="faim_resnet18", faim_cfg={"margin": 0.2}, head_init="data", head_refit=3)
     args = parse_args(["-c", config, "--model", "resnet18"])
-    assert (args.faim_cfg, args.head_init, args.damp_epochs) == (None, "random", 0)
+    assert (args.faim_cfg, args.head_init, args.head_refit) == (None, "random", None)
     with pytest.raises(UserError, match=r"--faim-cfg is for FAIM models.*--model faim_resnet18"):
         parse_args(["-c", config, "--model", "resnet18", "--faim-cfg", "margin=0.1"])
 
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data-dir", "d", "--epoch", "3"], r"unknown option --epoch\. Did you mean --epochs"),
-    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*whole number in 1..1000000, got three"),
+    (["--data-dir", "d", "--epochs", "three"], r"--epochs.*whole number in 0..1000000, got three"),
     (["--data-dir", "d", "--num-classes", "0"], r"--num-classes must be a whole number in 1..10000000, got 0"),
     (["--data-dir", "d", "--num-classes", "-3"], r"--num-classes must be a whole number in 1..10000000, got -3"),
     (["--data-dir", "d", "--batch-size", "0"], r"--batch-size must be a whole number in 1"),
@@ -110,6 +113,18 @@ def test_every_option_has_help():
     assert [a.dest for a in build_parser()._actions if not a.help] == []
 
 
+@pytest.mark.parametrize(("flag", "most", "has_all"), [("-h", 90, False), ("--help", 90, False),
+                                                        ("--help-all", 999, True)])
+def test_help_is_short_and_all_of_it_can_be_had(capsys, flag, most, has_all):
+    with pytest.raises(SystemExit) as ended:
+        parse_args([flag])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and len(text.splitlines()) <= most
+    assert all(name in text for name in ("DIR", "--model", "--faim-cfg", "--epochs", "--help-all"))
+    assert ("--bce-sum" in text) == has_all and "default: None" not in text
+    assert set(USUAL) <= {action.dest for action in build_parser()._actions}
+
+
 def test_every_option_is_in_the_table_of_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     flags = [a.option_strings for a in build_parser()._actions if a.dest not in ("help", "data")]
@@ -121,8 +136,8 @@ def test_did_you_mean_stays_silent_when_nothing_is_near():
 
 
 # Every kind of flag, none at its default: lists, dictionaries, numbers, names, both kinds of switches.
-MANY = """--data-dir d --model faim_resnet18 --faim-cfg margin=0.1 init=seed --stages 2 0.5 --freeze-gamma --no-aug
-    --lr-scale-mu 3 --lr-scale-lambda 0.5 --freeze layer1 blocks.* --val-split= --no-report --no-ddp-bb --cutmix-minmax
+MANY = """--data-dir d --model faim_resnet18 --faim-cfg margin=0.1 init=seed --no-aug
+    --lr-scale-mu 3 --lr-scale-scalars 0.5 --freeze layer1 blocks.* --val-split= --no-report --no-ddp-bb --cutmix-minmax
     0.2 0.8 --batch-size 6 --mixup-off-epoch 3 --opt-kwargs amsgrad=True --lr-noise 0.4 0.9 --lr-k-decay 2 --resume auto
     --no-resume-opt --start-epoch 1 --stop-epoch 4 --loss bce --bce-sum --bce-target-thresh 0.2 --kd-model-name x
     --task-loss-weight 0.3 --log-with tensorboard --project-name p --train-interpolation= --split-bn --resplit
@@ -133,8 +148,8 @@ MANY = """--data-dir d --model faim_resnet18 --faim-cfg margin=0.1 init=seed --s
 
 
 @pytest.mark.parametrize("argv", [
-    MANY, "--data-dir d --model faim_resnet18 --contrastive infonce:0.1 triplet --views 2 --stages 0 1 "
-          "--contrastive-stages 0 0.5 1 --contrastive-temperature 0.05 --contrastive-margin 0.3".split(),
+    MANY, "--data-dir d --model faim_resnet18 --contrastive infonce:0.1 triplet --views 2 "
+          "--contrastive-temperature 0.05 --contrastive-margin 0.3".split(),
     ["--mixup", "0.2", "--model-kwargs", "act_layer=gelu", "--lr", "3e-4", "--amp", "--seed", "0"]])
 def test_every_option_survives_a_recipe(tmp_path, argv):
     args = parse_args(argv)
@@ -149,11 +164,11 @@ def test_command_line_takes_back_every_switch_and_list_of_a_recipe(tmp_path):
     path = tmp_path / "args.yaml"
     path.write_text(yaml.safe_dump(as_recipe(parse_args(MANY))))
     back = parse_args(["-c", str(path), "--aug", "--ddp-bb", "--resume-opt", "--report", "--freeze", "--log-with",
-                       "--no-freeze-gamma", "--stages", "0", "0", "--cutmix-minmax", "--mixup-off-epoch", "0",
+                       "--cutmix-minmax", "--mixup-off-epoch", "0",
                        "--lr-noise", "--no-dry-run"])
-    assert not (back.no_aug or back.no_ddp_bb or back.no_resume_opt or back.freeze_gamma or back.dry_run)
+    assert not (back.no_aug or back.no_ddp_bb or back.no_resume_opt or back.dry_run)
     assert back.report and back.log_with == []
-    assert (back.freeze, back.stages, back.cutmix_minmax, back.lr_noise) == (None, None, None, None)
+    assert (back.freeze, back.cutmix_minmax, back.lr_noise) == (None, None, None)
 
 
 def test_every_switch_can_be_taken_back():
@@ -222,8 +237,6 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--cutmix-minmax 0.8", r"--cutmix-minmax takes MIN < MAX"),
     ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one or two shares"),
     ("--lr-scale-mu 0", r"--lr-scale-mu must be a number > 0 and <= .* got 0"),
-    ("--model faim_resnet18 --lr-scale-lambda -1", "--lr-scale-lambda must be a number > 0"),
-    ("--model faim_resnet18 --stages -1 2", "--stages must be .* got -1"),
     ("--hflip 1.5", r"--hflip must be a number in 0\.\.1, got 1\.5"),
     ("--drop 2", r"--drop must be a number in 0\.\.1, got 2"),
     ("--model-ema-decay 2", r"--model-ema-decay must be a number in 0\.\.1"),
@@ -263,8 +276,6 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--fsdp --model-ema", "--model-ema does not work under --fsdp"),
     ("--head-only --train-last 2", "--head-only and --train-last exclude each other"),
     ("--freeze a --head-only", "--freeze and --head-only exclude each other"),
-    ("--model faim_resnet18 --freeze-gamma", "--freeze-gamma is for the warm-up stage"),
-    ("--model faim_resnet18 --freeze-gamma --stages 0 1", "--freeze-gamma is for the warm-up stage"),
     ("--cache-features", "give --head-only"),
     ("--cache-views 2", "--cache-views needs --cache-features"),
     ("--cache-features --head-only --mixup 0.1", "--cache-features does not go with --mixup and --cutmix"),
@@ -290,9 +301,6 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
     ("--contrastive supcon --views 2 --kd-model-name x", "--contrastive does not go with --kd-model-name"),
     ("--contrastive supcon --samples-per-class 2 --mixup 0.2", "--contrastive does not go with --mixup and --cutmix"),
     ("--contrastive supcon --views 2 --fsdp", "--contrastive does not go with --fsdp"),
-    ("--contrastive supcon --views 2 --contrastive-stages 0 1 1", "--contrastive-stages needs --contrastive and"),
-    ("--contrastive-stages 0 1 1 --stages 1 1", "--contrastive-stages needs --contrastive and --stages"),
-    ("--contrastive supcon --views 2 --stages 1 1 --contrastive-stages 0 -1 1", "--contrastive-stages must be"),
     ("--contrastive suppcon --views 2", "Did you mean supcon"),
     ("--views 0", "--views must be a whole number in 1"),
     ("--contrastive-temperature 0", "--contrastive-temperature must be a number > 0"),
@@ -304,14 +312,42 @@ def test_options_that_do_not_go(argv, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("flag", ["--stages 1 2", "--freeze-gamma", "--lr-scale-metric 2", "--lr-scale-scalars 2",
-                                  "--lr-scale-lambda 2", "--contrastive supcon", "--faim-blocks 2"])
+@pytest.mark.parametrize("flag", ["--lr-scale-scalars 2", "--head-init data", "--contrastive supcon",
+                                  "--faim-blocks 2"])
 def test_options_of_faim_models_on_a_plain_one(recipe, flag):
     with pytest.raises(UserError, match=f"{flag.split()[0]} is for FAIM models"):
         parse_args(["--data-dir", "d", "--model", "resnet18", *flag.split()])
-    config = recipe(data_dir="d", model="faim_resnet18", stages=[1, 2], lr_scale_metric=3.0, lr_scale_mu=2.0)
+    config = recipe(data_dir="d", model="faim_resnet18", lr_scale_scalars=3.0, lr_scale_mu=2.0)
     args = parse_args(["-c", config, "--model", "resnet18"])
-    assert (args.stages, args.lr_scale_metric, args.lr_scale_mu) == (None, 1.0, 2.0)
+    assert (args.lr_scale_scalars, args.lr_scale_mu) == (1.0, 2.0)
+
+
+# Removed options, each as a flag and as what an old recipe may say.
+GONE = {"--stages 1 2": {"stages": [1.0, 2.0]}, "--freeze-gamma": {"freeze_gamma": True}, "--damp-epochs 1": {
+        "damp_epochs": 1}, "--lr-scale-metric=2": {"lr_scale_metric": 2.0}, "--lr-scale-lambda 2": {
+        "lr_scale_lambda": 2.0}, "--contrastive-stages 0 1 1": {"contrastive_stages": [0.0, 1.0, 1.0]}}
+OLD_DEFAULTS = {"freeze_gamma": False, "damp_epochs": 0, "lr_scale_metric": 1.0, "stages": None}
+
+
+@pytest.mark.parametrize("flag", GONE)
+def test_removed_options_say_why(recipe, tmp_path, flag):
+    message = f"{re.split('[ =]', flag)[0]} was removed: the metric is a closed-form statistic"
+    with pytest.raises(UserError, match=f"{message}.* Leave it out$"):
+        parse_args(["d", *flag.split()])
+    with pytest.raises(UserError, match=rf"{message}.* Leave it out of .*\.yaml$"):
+        parse_args(["-c", recipe(data_dir="d", **GONE[flag])])
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump({"data_dir": "d", **GONE[flag]}))
+    with pytest.raises(UserError, match=message):
+        parse_args(["--resume", str(tmp_path)])
+    assert parse_args(["--eval-only", "--resume", str(tmp_path)]).eval_only  # of an old run only the weights count
+
+
+def test_removed_options_at_their_old_defaults_do_nothing(tmp_path):
+    assert OLD_DEFAULTS.keys() <= REMOVED.keys()
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump({"data_dir": "d", "epochs": 7, **OLD_DEFAULTS}))
+    args = parse_args(["--resume", str(tmp_path)])
+    assert args.epochs == 7 and not REMOVED.keys() & vars(args).keys()
+    assert _changes(tmp_path, {"data_dir": "d", "epochs": 7}) == {}
 
 
 def test_defaults_and_types_are_timms():

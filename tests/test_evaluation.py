@@ -18,7 +18,7 @@ from timm.data import create_dataset, create_loader
 from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import UserError
 from timm_faim.training.evaluation import Confusion, Evaluation, collect
-from timm_faim.training.loop import evaluate
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.reporting import plots
 from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
 

@@ -61,7 +61,7 @@ def test_no_file_says_more_than_is_known_to_be_public(saved, tmp_path):
     assert json.loads((package / "eval.json").read_text()) == {
         "metrics": {"top1": 50.0}, "num_classes": 3, "versions": {"torch": "2.1+cpu"}}
     assert (package / "summary.csv").read_text() == (
-        "epoch,train_stage,train_loss,eval_top1,lr\n0,warm-up,1.5,,0.1\n1,,,50.0,\n")
+        "epoch,train_stage,train_loss,eval_top1,lr\n1,,1.5,,0.1\n2,,,50.0,\n")
     assert yaml.safe_load((package / "train_args.yaml").read_text()) == {
         "lr": 0.1, "pretrained": True, "model": "faim_test_resnet.no_such_tag"}
     assert "| 1 | warm-up | 1.5 |" in (package / "README.md").read_text()

@@ -265,8 +265,8 @@ def test_two_processes_compute_the_gradients_of_one(sharded):
 
 def test_training_moves_the_charts_and_saves_them(tmp_path):
     data = make_images(tmp_path / "images")
-    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--contrastive", "supcon:0.1", "--views", "2", "--stages",
-                     "0.4", "0.3", "--epochs", "3", "--model-ema")
+    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--contrastive", "supcon:0.1", "--views", "2",
+                     "--lr-scale-mu", "2", "--epochs", "3", "--model-ema")
     saved = load_file(run / "last.safetensors")
     start = FAIMChart(32).state_dict()
     for name in ("p", "owned_metric.lmbda", "owned_metric.log_sigma_diag"):

@@ -1,7 +1,6 @@
 """Every number of the command line and of recipes has a range, stated where the option is declared."""
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.factories import build_scheduler
 from timm_faim.training.flags import build_parser
 from timm_faim.training.numbers import Number
-from timm_faim.training.stages import build_stages
 
 NUMERIC = [action for action in build_parser()._actions if isinstance(action.type, Number)]
 WORDS = ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "-1e-30", "4294967296", "1e400", "text", "", "0x10", "1_0", "½"]
@@ -38,7 +36,7 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("line", [
     "--seed -1", "--seed 4294967296", "--crop-pct 100", "--crop-pct 1e-9", "--affine nan 0 0 0", "--affine 0 0 0 inf",
-    "--stages nan 0.5", "--in-chans 100", "--decay-epochs 0 --sched step", "--cpu-threads 100000", "--img-size 1000000",
+    "--in-chans 100", "--decay-epochs 0 --sched step", "--cpu-threads 100000", "--img-size 1000000",
     "--views 10000", "--min-lr nan", "--weight-decay -1", "--warmup-lr nan", "--lr-noise nan nan", "--decay-rate nan",
     "--layer-decay nan", "--layer-decay 0", "--color-jitter nan", "--ratio 0 0", "--input-size 3 0 8", "--std 0 0 0",
     "--affine 10 2 0 0", "--affine 10 0 1 0", "--affine 10 0 0 90", "--lr-noise 0.9 0.1", "--decay-milestones 20 10",
@@ -121,16 +119,6 @@ def test_a_warm_up_leaves_epochs_at_the_full_rate():
     for warm_up in ("2", "5"):
         with pytest.raises(UserError, match=rf"--warmup-epochs {warm_up} leaves none of the 2 epochs .* at most 1"):
             of("--epochs", "2", "--warmup-epochs", warm_up)
-
-
-@pytest.mark.parametrize("updates", range(1, 13))
-@pytest.mark.parametrize("stages", [(0.5, 0.5), (0.1, 0.9), (0.3, 0.7), (0.25, 0.25)])
-def test_fractions_that_make_a_whole_run_fit(updates, stages):
-    schedule = build_stages(SimpleNamespace(stages=stages, freeze_gamma=False), updates, epochs=1)
-    assert 0 <= schedule.warm_up_end <= schedule.tune_metric_end <= updates
-    assert abs(schedule.tune_metric_end - sum(stages) * updates) <= 0.5
-    with pytest.raises(UserError, match="longer than the 1 epochs"):
-        build_stages(SimpleNamespace(stages=(0.9, 0.2), freeze_gamma=False), updates, epochs=1)
 
 
 @pytest.fixture(scope="module")

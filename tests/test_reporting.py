@@ -226,9 +226,9 @@ def report_of(tmp_path, images, name, history=(), channels=3, label_names=("bird
     return Read(page.read_text(encoding="utf-8")), {p.name for p in (tmp_path / "report").iterdir()}
 
 
-HISTORY = [{"epoch": str(e), "train_loss": str(3 - e), "eval_loss": str(3.1 - e), "train_top1": "1",
+HISTORY = [{"epoch": str(e + 1), "train_loss": str(3 - e), "eval_loss": str(3.1 - e), "train_top1": "1",
             "eval_top1": str(e), "eval_top5": "90", "lr": "0.01", "train_lr_head": "0.1", "train_lr_backbone": "0.001",
-            "train_lambda": "0.1", "train_gamma": "10", "train_stage": "head" if e < 2 else "all"} for e in range(4)]
+            "train_lambda": "0.1", "train_gamma": "10"} for e in range(4)]
 
 
 def test_page_is_whole_and_needs_no_other_file(images, tmp_path):
@@ -316,11 +316,8 @@ def drawn(monkeypatch, draw, *args):
     return figures[0]
 
 
-def test_curves_show_stages_rates_and_the_best_epoch(monkeypatch):
-    loss, top1, rates = drawn(monkeypatch, plots.draw_learning_curve, "x.png", HISTORY).axes
-    assert [t.get_text() for t in loss.texts] == ["head", "all"]
-    stage_lines = [line for line in loss.get_lines() if list(line.get_xdata()) == [2.5, 2.5]]
-    assert len(stage_lines) == 1
+def test_curves_show_rates_and_the_best_epoch(monkeypatch):
+    _, top1, rates = drawn(monkeypatch, plots.draw_learning_curve, "x.png", HISTORY).axes
     labels = [line.get_label() for line in top1.get_lines()]
     assert "best: 3.00 % (epoch 4)" in labels and "validation, top-5" in labels
     assert {line.get_label() for line in rates.get_lines()} >= {"head", "backbone"}
@@ -328,8 +325,8 @@ def test_curves_show_stages_rates_and_the_best_epoch(monkeypatch):
 
 
 def test_curves_leap_over_epochs_without_validation(monkeypatch):
-    rows = [{"epoch": 0, "train_loss": 2.0, "eval_loss": ""}, {"epoch": 1, "train_loss": 1.0, "eval_loss": 1.5},
-            {"epoch": 2, "train_loss": 0.5, "eval_loss": None}, {"epoch": 3, "train_loss": 0.4, "eval_loss": 1.0}]
+    rows = [{"epoch": 1, "train_loss": 2.0, "eval_loss": ""}, {"epoch": 2, "train_loss": 1.0, "eval_loss": 1.5},
+            {"epoch": 3, "train_loss": 0.5, "eval_loss": None}, {"epoch": 4, "train_loss": 0.4, "eval_loss": 1.0}]
     loss, _ = drawn(monkeypatch, plots.draw_learning_curve, "x.png", rows).axes
     (validation,) = [line for line in loss.get_lines() if line.get_label() == "validation"]
     assert validation.get_xdata().tolist() == [2, 4] and validation.get_ydata().tolist() == [1.5, 1.0]

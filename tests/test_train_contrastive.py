@@ -95,14 +95,6 @@ def test_both_losses_are_on_record_and_add_up(images, tmp_path):
     assert any(not torch.equal(state[k], other[k]) for k in state if k.endswith(".mu"))
 
 
-def test_stages_weigh_the_contrastive_losses(images, tmp_path):
-    run = train_tiny(images, tmp_path, "--contrastive", "supcon:0.5", "--samples-per-class", "2", "--stages", "1", "1",
-                     "--contrastive-stages", "0", "1", "3", "--epochs", "3")
-    for row, factor in zip(read_summary(run), (0, 1, 3), strict=True):
-        total = float(row["train_class_loss"]) + 0.5 * factor * float(row["train_supcon_loss"])
-        assert float(row["train_loss"]) == pytest.approx(total, rel=1e-5)
-
-
 @pytest.mark.parametrize("more", [("--samples-per-class", "2"), ("--views", "2", "--model-ema"),
                                   ("--views", "2", "--torchcompile", "eager")])
 def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, more):
@@ -168,7 +160,7 @@ class Convolutional(nn.Module):
 
 
 def test_features_of_convolutional_heads_and_of_tokens():
-    args = argparse.Namespace(contrastive=["supcon"], contrastive_stages=None, contrastive_temperature=0.1, model="m")
+    args = argparse.Namespace(contrastive=["supcon"], contrastive_temperature=0.1, model="m")
     model = Convolutional(2).train()
     x, target = torch.randn(6, 4, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     task = ContrastiveTask(model, nn.CrossEntropyLoss(), args, verbose=False)

@@ -26,8 +26,8 @@ from timm_faim.training.data import (
     open_split,
 )
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import evaluate
 from timm_faim.training.pixels import InMode
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.sampling import SeededSamples
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,

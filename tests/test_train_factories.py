@@ -174,12 +174,6 @@ def test_loss_is_what_the_options_say(argv, target, expected):
     torch.testing.assert_close(factories.build_criterion(args, model)(LOGITS, target), expected(dense))
 
 
-def test_smoothing_can_be_set_aside():
-    args, model = build("--smoothing", "0.3")
-    torch.testing.assert_close(factories.build_criterion(args, model, smoothing=0.0)(LOGITS, INDEX),
-                               cross_entropy_by_hand(LOGITS, F.one_hot(INDEX, 3)))
-
-
 def test_jsd_loss_by_hand():
     args, model = build("--jsd-loss", "--aug-splits", "2", "--aa", "rand-m9")
     other = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 3.0]])

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from timm_faim.training.errors import UserError
 from timm_faim.training.state import FOLDER
 
-# Everything that holds state or draws: stages, mixup, erasing, dropout, average, accumulation, batch norm.
+# Everything that holds state or draws: a closed-form start, mixup, erasing, dropout, average, accumulation, batch norm.
 FULL = ["--model", "faim_test_resnet", *TINY, "--epochs", "3", "-b", "2", "--mixup", "0.4",
-        "--faim-cfg", "learn_metric=True", "lambda_init=0.1", "--stages", "1", "1",
+        "--faim-cfg", "learn_metric=True", "lambda_init=0.1", "--head-init", "data",
         "--cutmix", "0.4", "--reprob", "0.5", "--drop", "0.2", "--model-ema", "--model-ema-decay", "0.9",
         "--grad-accum-steps", "2", "--hflip", "0.5", "--recovery-interval", "1", "--checkpoint-hist", "2",
         "--no-report", "--log-interval", "1"]
@@ -170,8 +170,8 @@ def test_processes_may_change_on_the_way(images, tmp_path):
     second = Launch(argv, tmp_path / "log", 1)
     assert second.wait() == [0], second.text()
     assert "the checkpoint was written by 2 processes, this run has 1" in second.text()
-    assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0", "1", "2"]
-    rates = [float(row["lr"]) for row in read_summary(tmp_path / "run")]
+    assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0", "1", "2", "3"]
+    rates = [float(row["lr"]) for row in read_summary(tmp_path / "run")[1:]]
     assert rates[0] > rates[1] > rates[2] > 0  # one schedule, not one begun anew
 
 

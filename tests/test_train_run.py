@@ -21,7 +21,7 @@ from timm_faim import faim_heads
 from timm_faim.training import epochs, loop, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import evaluate
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.reporting import plots
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def evaluate_run(run, images):
 @pytest.fixture(scope="module")
 def faim_run(images, tmp_path_factory):
     return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "space=sphere", "margin=0.2",
-                      "--damp-epochs", "2", "--head-init", "data", "--epochs", "3", "--report")
+                      "--head-init", "data", "--epochs", "3", "--report")
 
 
 def test_run_folder_is_complete(faim_run):
@@ -55,12 +55,13 @@ def test_run_folder_is_complete(faim_run):
         ".finished"}
     assert (faim_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((faim_run / "checkpoints").iterdir())) == 2
-    assert sorted(p.name for p in (faim_run / "top").iterdir()) == [f"epoch_000{n}.safetensors" for n in (1, 2, 3)]
+    assert sorted(p.name for p in (faim_run / "top").iterdir()) == [f"epoch_000{n}.safetensors" for n in range(4)]
 
 
 def test_summary_has_one_row_an_epoch(faim_run):
-    rows = read_summary(faim_run)
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    start, *rows = read_summary(faim_run)
+    assert start["epoch"] == "0" and start["train_loss"] == start["lr"] == "" and start["eval_samples"] == "7"
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and list(start)[:2] == ["epoch", "train_loss"]
     assert set(rows[0]) == {
         "epoch", "train_loss", "train_top1", "train_images_per_s", "train_seconds", "train_lambda", "train_gamma",
         "eval_loss", "eval_top1", "eval_top5", "eval_samples", "lr"}
@@ -97,7 +98,7 @@ def test_options_are_saved_and_repeat_the_run_exactly(faim_run, tmp_path):
 
 def test_another_seed_is_another_run(faim_run, tmp_path):
     train("--config", faim_run / "args.yaml", "--output", tmp_path, "--experiment", "again", "--seed", "1")
-    assert read_summary(tmp_path / "again")[0]["train_loss"] != read_summary(faim_run)[0]["train_loss"]
+    assert read_summary(tmp_path / "again")[1]["train_loss"] != read_summary(faim_run)[1]["train_loss"]
 
 
 def test_plain_timm_model_runs_in_the_same_script(images, tmp_path):
@@ -239,7 +240,7 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
 
 def test_two_processes_count_each_image_once_and_agree_with_one(images, tmp_path):
     result = two_processes("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model",
-                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1", "--damp-epochs", "1",
+                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1",
                            "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.5", "-b", "2")
     assert result.returncode == 0, result.stderr
     assert "; 2 x cpu;" in result.stdout
@@ -324,10 +325,10 @@ def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(images, tmp_path, capsys):
-    train_tiny(images, tmp_path, "--dry-run", "--stages", "0.5", "0.5", "--lr-scale-mu", "10")
+    train_tiny(images, tmp_path, "--dry-run", "--lr-scale-mu", "10")
     output = capsys.readouterr().out
     for part in ("2 epochs of 3 updates of 4 images", "mu: 288 parameters, highest learning rate 0.03",
-                 "stage warm-up: epochs 0 to 1", "stage tune-metric: epochs 1 to 2", "memory of training:",
+                 "memory of training:",
                  "validation batch: loss"):
         assert part in output
     assert list(tmp_path.iterdir()) == []
@@ -365,7 +366,7 @@ def test_a_frozen_backbone_stays_as_it_was(images, tmp_path):
 
 def test_trackers_get_the_numbers_of_every_epoch(images, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = train_tiny(images, tmp_path, "--log-with", "tensorboard", "--stages", "1", "0")
+    run = train_tiny(images, tmp_path, "--log-with", "tensorboard")
     (folder,) = {path.parent for path in run.rglob("events.out.tfevents*") if path.parent.name == "timm_faim"}
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()

@@ -109,18 +109,18 @@ def _text(facts: Facts) -> str:
 
 
 def _training_table(rows: Sequence[Mapping[str, str]]) -> str:
-    columns = [key for key in ("train_stage", "train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5",
+    columns = [key for key in ("train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5",
                                "train_lambda", "train_gamma") if any(row.get(key) for row in rows)]
     step = max(1, -(-len(rows) // _SHOWN_ROWS))
     shown = [row for n, row in enumerate(rows) if (len(rows) - 1 - n) % step == 0]
-    titles = ["epoch", *(key.removeprefix("train_stage") and key.replace("_", " ") or "stage" for key in columns)]
-    return _table(titles, [[str(int(row["epoch"]) + 1), *(_short(row.get(key)) for key in columns)] for row in shown])
+    titles = ["epoch", *(key.replace("_", " ") for key in columns)]
+    return _table(titles, [[str(int(row["epoch"])), *(_short(row.get(key)) for key in columns)] for row in shown])
 
 
 def _short(value: str | None) -> str:
     try:
         return f"{float(value):.4g}"
-    except (TypeError, ValueError):  # an empty cell, or the name of a stage
+    except (TypeError, ValueError):
         return value or ""
 
 

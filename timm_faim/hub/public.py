@@ -27,7 +27,6 @@ _WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*)?")  # a name; with a slash it may be
 _ELSEWHERE = ("local-dir:", "file:")
 _DEEPEST = 8
 _COLUMN = re.compile(r"(?:epoch|lr|train|eval)(?:_\w[\w.]{0,99})?")  # of summary.csv
-_STAGE = re.compile(r"[A-Za-z][A-Za-z-]{0,30}")
 
 
 def is_name(value: Any) -> bool:
@@ -108,16 +107,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def public_rows(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Rows of summary.csv with known columns; cells that are no finite number, and no name of a stage, are empty."""
+    """Rows of summary.csv with known columns; cells that are no finite number are empty."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row)
                if isinstance(key, str) and _COLUMN.fullmatch(key)]
-    return [{key: _cell(key, row.get(key) or "") for key in columns} for row in rows]
+    return [{key: _cell((row.get(key) or "").strip()) for key in columns} for row in rows]
 
 
-def _cell(column: str, text: str) -> str:
-    text = text.strip()
-    if column == "train_stage":
-        return text if _STAGE.fullmatch(text) else ""
+def _cell(text: str) -> str:
     try:
         return text if len(text) <= 40 and is_number(float(text)) else ""
     except ValueError:

@@ -2,12 +2,12 @@
 
     -γ d(z, y) = -γ sqrt(2 - 2 z·y / (|z| |y|) + ε),   γ = |scale|
 
-Both sides enter by their norms only: no normalised copy is made. In training one autograd node, eager or compiled, keeps
-a single [B, C] tensor, the logits themselves. Export, TorchScript, the transforms of torch.func and double backward take
-the plain form.
+Both sides enter by their norms only: no normalised copy is made. In training one autograd node, eager or compiled,
+keeps a single [B, C] tensor, the logits themselves. Export, TorchScript, the transforms of torch.func and double
+backward take the plain form.
 
-Shapes: B features z, C prototypes y, D features' width. With r = 1/|z|, s = 1/|y|, a = -γ² r z, q = γ² (2 + ε) + 2 a y' s,
-L = -sqrt(q) and the incoming G,
+Shapes: B features z, C prototypes y, D features' width. With r = 1/|z|, s = 1/|y|, a = -γ² r z,
+q = γ² (2 + ε) + 2 a y' s, L = -sqrt(q) and the incoming G,
 
     dL/dq = 1 / 2L,   g = G s / L,   dz = -γ² r g y,   dy = g' a,   both without what is along z and along y.
 

@@ -19,6 +19,7 @@ from timm_faim.training.checkpoint import saved_faim_cfg
 from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, Parser, build_parser, switch
+from timm_faim.training.removed import REMOVED, without_removed
 
 DEMO_RECIPE = Path(__file__).parents[1] / "configs" / "omniglot.yaml"
 WARM_UP = 5  # epochs, unless a run is no longer than that
@@ -42,7 +43,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"two folders of data: {line.data} and --data-dir {line.data_dir}. Give one of them")
     recipe, skip, has_data = line.config, (), bool(line.data or line.data_dir or line.dataset)
     if not recipe and line.resume not in ("", "auto"):
-        recipe, skip = _recipe_of_run(line.resume, has_data), ONE_LAUNCH
+        recipe, skip = _recipe_of_run(line.resume, has_data), (*ONE_LAUNCH, *(REMOVED if line.eval_only else ()))
     elif not (recipe or has_data):
         recipe = str(DEMO_RECIPE)
     # The last word keeps a positional DIR from becoming a value of the recipe's last list.
@@ -107,7 +108,8 @@ def _without_refit(args: argparse.Namespace) -> list[str]:
     """What among the options --head-refit does not go with."""
     return [flag for flag, on in (
         ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
-        ("--aug-splits", args.aug_splits), (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
+        ("--aug-splits", args.aug_splits), ("--epochs 0, whose heads --head-init data fits", not args.epochs),
+        (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
 
 
 def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,10 +139,12 @@ def _flag(key: str) -> str:
 
 
 def _parse_line(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    without_removed({word.split("=")[0].replace("--no-", "--")[2:].replace("-", "_"): word
+                     for word in words if word.startswith("--")}, "")
     try:
         args, unknown = parser.parse_known_args(words)
     except ValueError as e:  # ParseKwargs splits at the first =
-        raise UserError("--faim-cfg, --model-kwargs and --opt-kwargs take KEY=VALUE, for example normalize=True") from e
+        raise UserError("--faim-cfg, --model-kwargs and --opt-kwargs take KEY=VALUE, for example margin=0.2") from e
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         word = next((word for word in unknown if word.startswith("-")), None)
@@ -188,12 +192,13 @@ def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `key: value` lines, got {type(recipe).__name__}")
 
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "help_all", "config")}
     words: list[str] = []
+    recipe = without_removed({key: value for key, value in recipe.items() if key not in skip}, f" of {path}")
     for key, value in recipe.items():
         if key not in actions:
             raise UserError(f"unknown key {key!r} in {path}.{did_you_mean(str(key), actions)}")
-        if value is None or key in skip:
+        if value is None:
             continue
         action, flag = actions[key], _flag(key)
         if action.nargs == 0:
@@ -226,8 +231,6 @@ def _complete(args: argparse.Namespace) -> None:
         args.warmup_epochs = WARM_UP if args.epochs > WARM_UP else args.epochs // 2
     if args.eval_metric is None:
         args.eval_metric = "loss" if not args.val_split else _evaluator(args).default_metric
-    if args.stages and not any(args.stages):
-        args.stages = None
     for key in ("cutmix_minmax", "freeze", "lr_noise", "contrastive"):  # an empty list takes back what a recipe gives
         setattr(args, key, getattr(args, key) or None)
 
@@ -320,7 +323,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
          f"{args.dataset}. Leave it out"),
         (args.epoch_repeats and kind not in ("hfids", "tfds"),
          "--epoch-repeats is for hfids/ and tfds/ data. Raise --epochs instead"),
-        (args.warmup_epochs >= args.epochs and args.warmup_epochs and args.sched not in ("none", "plateau")
+        (not args.epochs and args.head_init != "data" and not args.eval_only,
+         "--epochs 0 trains nothing: give --head-init data, which fits the FAIM heads in closed form, or more epochs"),
+        (args.warmup_epochs >= args.epochs > 0 and args.warmup_epochs and args.sched not in ("none", "plateau")
          and not args.warmup_prefix and not args.eval_only,
          f"--warmup-epochs {args.warmup_epochs} leaves none of the {args.epochs} epochs at the full rate. Give at most "
          f"{args.epochs - 1}, or --warmup-prefix"),
@@ -358,8 +363,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.contrastive and not_contrastive, f"--contrastive does not go with {_join(not_contrastive[:1])}"),
         (args.contrastive and args.views == 1 and args.samples_per_class < 2,
          "--contrastive needs several images of a class in a batch: give --samples-per-class 4, or --views 2"),
-        (args.contrastive_stages and not (args.contrastive and args.stages),
-         "--contrastive-stages needs --contrastive and --stages"),
         (args.views > 1 and splits, "--views and --aug-splits exclude each other"),
         (args.views > 1 and mixes, "--views does not go with --mixup and --cutmix"),
         (args.samples_per_class and kind in STREAMED,
@@ -368,8 +371,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.samples_per_class and args.aug_repeats, "--samples-per-class and --aug-repeats exclude each other"),
         # what learns
         (len(partly) > 1, f"{' and '.join(partly)} exclude each other"),
-        (args.freeze_gamma and not (args.stages and args.stages[0]),
-         "--freeze-gamma is for the warm-up stage: give --stages WARMUP TUNE"),
         (args.cache_features and not args.head_only, "--cache-features needs a backbone that stays: give --head-only"),
         (args.cache_views and not args.cache_features, "--cache-views needs --cache-features"),
         (args.cache_features and uncached, f"--cache-features does not go with {_join(uncached[:1])}"),

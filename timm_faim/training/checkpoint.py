@@ -65,7 +65,7 @@ def keep_best_epochs(
     Args:
         folder: run folder.
         kept: the epochs kept so far, {"epoch", "metric"}.
-        epoch: number from 0 of the epoch just saved.
+        epoch: number of the epoch just saved, 0 for the start.
         metric: its validation metric.
         decreasing: whether less is better.
         count: how many to keep; 1 or less keeps none beside model_best.safetensors.
@@ -149,7 +149,7 @@ def restore_best(folder: Path, kept: list[dict[str, Any]]) -> None:
 
 
 def _epoch_name(epoch: int) -> str:
-    return f"epoch_{epoch + 1:04d}.safetensors"
+    return f"epoch_{epoch:04d}.safetensors"
 
 
 def whole_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss,
 from timm_faim.head.tap import Tap, pooled
 from timm_faim.losses.base import FAIMLoss
 from timm_faim.training.errors import UserError, did_you_mean
-from timm_faim.training.stages import FINE_TUNE, TUNE_METRIC, WARM_UP
 
 LOSSES = ("infonce", "supcon", "triplet", "npair")
 
@@ -73,8 +72,6 @@ class ContrastiveTask(ClassificationTask):
                             "Leave it out, or choose another model")
         self.weights = parse_losses(args.contrastive)
         self.contrastive = nn.ModuleDict({name: build_loss(name, args, heads[0]) for name in self.weights})
-        self.factors = dict(zip((WARM_UP, TUNE_METRIC, FINE_TUNE), args.contrastive_stages or (1, 1, 1), strict=True))
-        self.factor = 1.0
         self._head = (heads[0],)  # in a tuple: the model owns it
         self._tap = Tap({"head": heads[0]})
 
@@ -82,10 +79,6 @@ class ContrastiveTask(ClassificationTask):
     def part_names(self) -> tuple[str, ...]:
         """Names of the single losses in `parts`."""
         return ("class_loss", *(f"{name}_loss" for name in self.weights))
-
-    def enter_stage(self, name: str) -> None:
-        """Weigh the contrastive losses as the stage wants it; an empty name is training without stages."""
-        self.factor = self.factors.get(name, 1.0)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
         """Losses of images [B, channels, H, W] and classes [B]: timm's dictionary, with each loss in `parts`."""
@@ -95,7 +88,7 @@ class ContrastiveTask(ClassificationTask):
         parts = {"class_loss": result["loss"]}
         for name, loss in self.contrastive.items():
             parts[f"{name}_loss"] = loss(features, target)
-            result["loss"] = result["loss"] + self.factor * self.weights[name] * parts[f"{name}_loss"]
+            result["loss"] = result["loss"] + self.weights[name] * parts[f"{name}_loss"]
         return result | {"parts": parts}
 
     def _take_features(self) -> torch.Tensor:

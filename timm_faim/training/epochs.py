@@ -6,17 +6,27 @@ from typing import Any
 
 from timm.utils import distribute_bn
 
+from timm_faim import faim_heads
 from timm_faim.training.checkpoint import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.errors import UserError
-from timm_faim.training.loop import Training, check_weights, evaluate, train_one_epoch
-from timm_faim.training.reporting.plots import draw_learning_curve
-from timm_faim.training.stages import learning_rates
-from timm_faim.training.summary import append_summary, cut_summary, epoch_line, head_metrics, read_summary
+from timm_faim.training.loop import Training, check_weights, train_one_epoch
+from timm_faim.training.lr_scales import learning_rates
+from timm_faim.training.predictions import evaluate
+from timm_faim.training.reporting.plots import draw_learning_curve, has_matplotlib
+from timm_faim.training.state import Progress
+from timm_faim.training.summary import (
+    append_summary,
+    cut_summary,
+    epoch_line,
+    head_metrics,
+    read_summary,
+    validation_line,
+)
 
 
 def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], epochs: int, log: Callable) -> bool:
-    """Train up to the last epoch or --stop-epoch.
+    """Train up to the last epoch or --stop-epoch; a start in closed form is evaluated before.
 
     Args:
         run: the run.
@@ -32,10 +42,13 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
         UserError: a loss that is not finite, unreadable data; what is saved so far is kept.
     """
     args, progress = run.args, run.progress
+    is_new = progress == Progress()
     if run.accelerator.is_main_process:
-        cut_summary(run.run_folder / "summary.csv", progress.epoch)
+        cut_summary(run.run_folder / "summary.csv", -1 if is_new else progress.epoch)
     last = epochs if args.stop_epoch is None else min(epochs, args.stop_epoch)
     try:
+        if is_new and args.head_init == "data" and faim_heads(run.model):
+            finish_start(run, val_loader, log)
         while progress.epoch < last:
             trained = train_one_epoch(run)
             if trained is not None:
@@ -51,61 +64,79 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
     return True
 
 
+def finish_start(run: Training, val_loader: Any, log: Callable) -> None:
+    """Evaluate heads in closed form before any training, and keep them as epoch 0."""
+    validated = {} if val_loader is None else _validate(run, val_loader)
+    if not math.isfinite(validated.get("loss", 0.0)):
+        raise UserError(f"the validation loss is {validated['loss']} at the start. Leave --head-init data out")
+    metric, decreasing = chosen_metric(run.args.eval_metric, {}, validated, val_loader is not None)
+    is_best = _keep(run, 0, head_metrics(run.part), validated, metric, decreasing)
+    log(f"start: {validation_line(validated) or 'not validated'}{'  *' if is_best else ''}")
+    if run.checkpointer is not None:
+        run.checkpointer.save(run.progress)
+
+
 def finish_epoch(
         run: Training, trained: dict[str, Any], val_loader: Any, image_loaders: Sequence[Any], epochs: int,
         log: Callable,
 ) -> None:
     """Evaluate, save weights and checkpoint, write and print the row of an epoch whose batches are done."""
-    args, accelerator, progress, epoch = run.args, run.accelerator, run.progress, run.progress.epoch
+    args, accelerator, progress, epoch = run.args, run.accelerator, run.progress, run.progress.epoch + 1
     if accelerator.num_processes > 1 and args.dist_bn:
         for module in (run.task.get_trainable_module(), run.task.get_trainable_module(ema=True)):
             if module is not None:
                 distribute_bn(module, accelerator.num_processes, reduce=args.dist_bn == "reduce")
-    is_evaluated = val_loader is not None and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs)
-    validated = {}
-    if is_evaluated:
-        validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
-    if run.refit is not None and epoch + 1 == epochs and _has_refitted(run, validated, log) and is_evaluated:
-        validated = evaluate(run.evaluated, val_loader, accelerator, args, run.task.create_evaluator)
+    is_evaluated = val_loader is not None and (epoch % args.val_interval == 0 or epoch == epochs)
+    validated = _validate(run, val_loader) if is_evaluated else {}
+    if run.refit is not None and epoch == epochs and _has_refitted(run, validated, log) and is_evaluated:
+        validated = _validate(run, val_loader)
     if not math.isfinite(validated.get("loss", 0.0)):
-        raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch + 1}. Checkpoints of earlier "
+        raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch}. Checkpoints of earlier "
                         f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad")
     unreadable = count_unreadable(image_loaders, accelerator) if args.skip_unreadable else 0
 
-    if run.stages is not None:
-        trained["stage"] = run.stages.stage(progress.updates - 1)
-    rates = learning_rates(run.optimizer, run.stages, progress.updates - 1)
-    if run.stages is not None or len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
-        trained.update({f"lr_{part}": rate for part, rate in rates.items()})
+    if len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
+        trained.update({f"lr_{part}": rate for part, rate in learning_rates(run.optimizer).items()})
     trained.update(head_metrics(run.part))
     lr = sum(group["lr"] for group in run.optimizer.param_groups) / len(run.optimizer.param_groups)
 
     metric, decreasing = chosen_metric(args.eval_metric, trained, validated, val_loader is not None)
     if run.scheduler is not None:
-        run.scheduler.step(epoch + 1, metric)
+        run.scheduler.step(epoch, metric)
+    is_best = _keep(run, epoch, trained, validated, metric, decreasing, lr)
+    log(epoch_line(epoch, epochs, trained, validated, is_best))
+    if unreadable:
+        log(f"           {unreadable} unreadable images left out so far")
+    if epoch == 1 and not has_matplotlib():
+        log("no learning_curve.png: matplotlib is not installed (pip install 'timm-faim[train]')")
+    progress.end_epoch()
+    if run.checkpointer is not None:
+        run.checkpointer.save(progress)
+
+
+def _validate(run: Training, val_loader: Any) -> dict[str, Any]:
+    return evaluate(run.evaluated, val_loader, run.accelerator, run.args, run.task.create_evaluator)
+
+
+def _keep(
+        run: Training, epoch: int, trained: dict[str, Any], validated: dict[str, Any], metric: float | None,
+        decreasing: bool, lr: float | None = None,
+) -> bool:
+    """Save the weights after `epoch` epochs, add their row, draw the curves; whether they are the best so far."""
+    progress, folder = run.progress, run.run_folder
     is_best = metric is not None and (
         progress.best is None or (metric < progress.best if decreasing else metric > progress.best))
     progress.best = metric if is_best else progress.best
     check_weights(run)
     state = run.whole_state()
-    if accelerator.is_main_process:
-        save_weights(state, run.run_folder, is_best or progress.best is None)
+    if run.accelerator.is_main_process:
+        save_weights(state, folder, is_best or progress.best is None)
         if metric is not None:
-            progress.kept = keep_best_epochs(
-                run.run_folder, progress.kept, epoch, metric, decreasing, args.checkpoint_hist)
-        append_summary(run.run_folder / "summary.csv", epoch, trained, validated, lr)
-        rows = read_summary(run.run_folder / "summary.csv")
-        drawn = draw_learning_curve(run.run_folder / "learning_curve.png", rows)
-        log(epoch_line(epoch, epochs, trained, validated, is_best))
-        if unreadable:
-            log(f"           {unreadable} unreadable images left out so far")
-        if epoch == 0 and not drawn:
-            log("no learning_curve.png: matplotlib is not installed (pip install 'timm-faim[train]')")
-        numbers = trained | {f"eval_{key}": value for key, value in validated.items()}
-        accelerator.log({key: value for key, value in numbers.items() if not isinstance(value, str)}, step=epoch)
-    progress.end_epoch()
-    if run.checkpointer is not None:
-        run.checkpointer.save(progress)
+            progress.top = keep_best_epochs(folder, progress.top, epoch, metric, decreasing, run.args.checkpoint_hist)
+        append_summary(folder / "summary.csv", epoch, trained, validated, lr)
+        draw_learning_curve(folder / "learning_curve.png", read_summary(folder / "summary.csv"))
+        run.accelerator.log(trained | {f"eval_{key}": value for key, value in validated.items()}, step=epoch)
+    return is_best
 
 
 def _has_refitted(run: Training, validated: dict[str, Any], log: Callable) -> bool:
@@ -129,7 +160,7 @@ def chosen_metric(
         UserError: there is no such metric.
     """
     if not has_validation:
-        return trained["loss"], True
+        return trained.get("loss"), True  # a start has no training loss either
     if not validated:
         return None, name == "loss"
     if name not in validated:

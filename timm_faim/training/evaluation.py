@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.task import evaluation_sample_limit
 from torch.nn.functional import cross_entropy
 
-from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import UserError
 from timm_faim.training.gather import gather_rows
+from timm_faim.training.predictions import predictions
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 MOST_CONFUSED = 50  # rows of most_confused.csv
@@ -137,10 +136,9 @@ class Evaluation:
 
 @torch.inference_mode()
 def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace) -> Evaluation:
-    """Run the model over the validation images; a collective call, with the same result on every process.
+    """What the model says of the images of `predictions`; a collective call, with the same result on every process.
 
-    Each image counts once: the repetitions that make timm's shards even are left out, and with --skip-unreadable the
-    images that could not be read. Logits are reduced batch by batch, so that memory grows with N only.
+    Logits are reduced batch by batch, so that memory grows with N only.
 
     Args:
         model: the prepared model; left in eval mode.
@@ -153,30 +151,22 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
         UserError: a label outside the model's classes.
         ValueError: targets that are not class indices.
     """
-    model.eval()
     device = accelerator.device
-    limit = evaluation_sample_limit(loader)
     whole = [torch.empty(0, 4, dtype=torch.int64, device=device)]
     real = [torch.empty(0, 3, device=device)]
-    seen, warm_images, num_classes, start = 0, 0, 0, None
-    for images, target in loader:
+    warm_images, num_classes, start = 0, 0, None
+    for output, target, place in predictions(model, loader, accelerator, args):
         if target.ndim != 1:
             raise ValueError(f"expected class indices [B], got targets of shape {list(target.shape)}")
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            output = model(images)
         num_classes = output.shape[1]
-        count = len(target) if limit is None else max(0, min(len(target), limit - seen))
-        integers, numbers = _judge(output[:count].float(), target[:count], seen)
+        integers, numbers = _judge(output.float(), target, place)
         whole.append(integers)
         real.append(numbers)
-        seen += count
         if start is None:  # the first batch pays for start-up, compilation and the workers
             _synchronize(device)
             start = time.perf_counter()
         else:
-            warm_images += count
+            warm_images += len(target)
     _synchronize(device)
     seconds = time.perf_counter() - start if warm_images else 0.0
 
@@ -187,8 +177,6 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
     integers[:, 0] = integers[:, 0] * accelerator.num_processes + accelerator.process_index
     integers, numbers = (gather_rows(rows, accelerator).cpu().numpy() for rows in (integers, numbers))
     order = np.argsort(integers[:, 0], kind="stable")
-    if args.skip_unreadable:
-        order = order[integers[order, 1] != UNREADABLE]
     integers, numbers = integers[order], numbers[order]
     target = integers[:, 1]
     if len(target) and not (target.min() >= 0 and target.max() < num_classes):
@@ -201,10 +189,9 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
     )
 
 
-def _judge(logits: torch.Tensor, target: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _judge(logits: torch.Tensor, target: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of logits [B, C]: (place, target, prediction, top-5 hit) [B, 4], and (confidence, loss, margin) [B, 3]."""
     best, classes = logits.topk(min(5, logits.shape[1]))
-    place = torch.arange(first, first + len(target), device=target.device)
     hit = (classes == target[:, None]).any(1)
     # clamped: a wrong label is reported once all are known, where a GPU would stop with an assertion
     loss = cross_entropy(logits, target.clamp(0, logits.shape[1] - 1), reduction="none")

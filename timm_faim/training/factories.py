@@ -206,6 +206,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     Raises:
         UserError: lengths that do not go together, for example a decay longer than the run.
     """
+    if not args.epochs:
+        return None, 0
     updates = -(-batches // args.grad_accum_steps)
     try:
         scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)

@@ -14,21 +14,24 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.numbers import MANY, SHARE, Number, above, real, whole
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
-FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "damp_epochs", "stages",
-             "freeze_gamma", "lr_scale_metric", "lr_scale_scalars", "lr_scale_lambda", "contrastive",
-             "contrastive_temperature", "contrastive_margin", "contrastive_stages")
+FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "lr_scale_scalars", "contrastive",
+             "contrastive_temperature", "contrastive_margin")
 
 # Options of one launch. A run that is resumed by its folder alone takes the others from its args.yaml.
 ONE_LAUNCH = ("resume", "no_resume_opt", "start_epoch", "stop_epoch", "dry_run", "eval_only")
 
+# Options that --help lists; the others are in --help-all.
+USUAL = ("help", "help_all", "data", "config", "data_dir", "dataset", "val_split", "workers", "model", "pretrained",
+         "faim_cfg", "head_init", "head_refit", "head_only", "cache_features", "lr_scale_mu", "img_size", "aa", "mixup",
+         "smoothing", "contrastive", "kd_model_name", "opt", "lr", "weight_decay", "epochs", "warmup_epochs", "amp",
+         "batch_size", "seed", "output", "experiment", "eval_only", "dry_run", "resume", "push_to_hub")
 
 # Options that an evaluation of a run does not take over: they do nothing there, or need a training.
 TRAINING_ONLY = ("fsdp", "model_ema", "sync_bn", "split_bn", "resplit", "log_with", "log_wandb", "wandb_project",
                  "wandb_tags", "wandb_resume_id", "push_to_hub", "hub_private", "hub_license", "kd_model_name",
                  "distill_loss_weight", "task_loss_weight", "freeze", "head_only", "train_last", "cache_features",
                  "cache_views", "aug_splits", "jsd_loss", "aug_repeats", "mixup", "cutmix", "cutmix_minmax",
-                 "mixup_off_epoch", "head_init", "head_refit", "stages", "freeze_gamma", "damp_epochs", "contrastive",
-                 "contrastive_stages", "views", "samples_per_class")
+                 "mixup_off_epoch", "head_init", "head_refit", "contrastive", "views", "samples_per_class")
 
 
 def available_cores() -> int:
@@ -46,15 +49,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+).*?: (must be .*)", message, re.DOTALL):
             raise UserError(" ".join(match.groups()))
-        raise UserError(f"{message} (--help lists every option)")
+        raise UserError(f"{message} (--help-all lists every option)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults and ranges after each help text."""
+    """Defaults, where there is one, and ranges after each help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action)
+        has_default = str(action.default) not in ("None", "False", "", "[]", "{}")
+        text = super()._get_help_string(action) if has_default else action.help
         return f"{text} [{action.type}]" if isinstance(action.type, Number) else text
+
+
+class _ShowHelp(argparse._HelpAction):
+    """`--help` shows the usual options, `--help-all` every one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        if self.dest == "help_all":
+            super().__call__(parser, *args, **kwargs)
+        formatter = parser._get_formatter()
+        formatter.add_usage(parser.usage, (), ())
+        formatter.add_text(parser.description)
+        formatter.add_arguments(action for action in parser._actions if action.dest in USUAL)
+        print(formatter.format_help(), end="")
+        parser.exit()
 
 
 class _Flag(argparse.BooleanOptionalAction):
@@ -83,10 +101,13 @@ def switch(action: argparse.Action, value: bool) -> str | None:
 def build_parser() -> Parser:
     """The parser; its destinations are the keys of a recipe."""
     parser = Parser(
-        prog="train_faim.py", allow_abbrev=False, formatter_class=_Help,
+        prog="train_faim.py", usage="%(prog)s [DIR] [options]", allow_abbrev=False, formatter_class=_Help,
+        add_help=False,
         description="Train a FAIM model, or any timm model, on real images. Without data options it trains on the "
                     "bundled Omniglot characters.",
     )
+    parser.add_argument("-h", "--help", action=_ShowHelp, help="the options that are used most")
+    parser.add_argument("--help-all", action=_ShowHelp, help="every option")
     parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir")
     parser.add_argument("-c", "--config", metavar="YAML", help="recipe: flag names with underscores as keys")
     for add_group in (_data, _model, _faim, _freezing, _input, _augmentation, _mixing, _loss, _contrastive,
@@ -152,19 +173,14 @@ def _model(parser: Parser) -> None:
 def _faim(parser: Parser) -> None:
     add = parser.add_argument_group("FAIM head").add_argument
     add("--faim-cfg", nargs="*", action=ParseKwargs, default=None, metavar="KEY=VALUE",
-        help="options of the head, for example normalize=True margin=0.2; replaces those of the recipe")
+        help="options of the head, for example space=sphere margin=0.2; replaces those of the recipe")
     add("--faim-blocks", type=whole(0, 10_000), metavar="N",
         help="log and exp maps around the last N blocks; the same as --faim-cfg blocks=N")
     add("--head-init", choices=("random", "data"), default="random",
-        help="data: class means and within-class variance of the backbone's features")
+        help="data: class means and within-class variance of the backbone's features, evaluated as epoch 0")
     add("--head-refit", type=whole(-1, 10_000), metavar="N",
         help="after the last epoch set centre, prototypes and Σ in closed form, from all training images and N "
              "augmented epochs; -1: not, where a recipe does")
-    add("--damp-epochs", type=whole(0), default=0, metavar="N", help="fade the 1-form in over the first N epochs")
-    add("--stages", type=real(0, MANY), nargs=2, metavar=("WARMUP", "TUNE"),
-        help="epochs of the stages warm-up (metric frozen, no label smoothing) and tune-metric (rate of the metric "
-             "rises), fractions of the run below 1; 0 skips a stage, 0 0 all")
-    add("--freeze-gamma", action=_Flag, default=False, help="freeze γ in the warm-up stage too")
 
 
 def _freezing(parser: Parser) -> None:
@@ -177,10 +193,9 @@ def _freezing(parser: Parser) -> None:
     add("--cache-views", type=whole(0, 10_000), default=0, metavar="N",
         help="augmented views per image to cache; 0: one view without augmentation")
     for part, of in (("backbone", "the backbone"), ("mu", "the prototypes μ, or a plain model's classifier"),
-                     ("metric", "Σ and β"), ("scalars", "λ, γ and the prior")):
+                     ("scalars", "λ, γ and the prior")):
         add(f"--lr-scale-{part}", type=above(0, 1e6), default=1.0, metavar="F",
-        help=f"factor on the learning rate of {of}")
-    add("--lr-scale-lambda", type=above(0, 1e6), metavar="F", help="the same of λ alone (default: --lr-scale-scalars)")
+            help=f"factor on the learning rate of {of}")
 
 
 def _input(parser: Parser) -> None:
@@ -263,8 +278,6 @@ def _contrastive(parser: Parser) -> None:
         help="temperature of infonce, supcon and npair")
     add("--contrastive-margin", type=above(0, 1000), default=0.2, metavar="M",
         help="margin of triplet, in units of the distance")
-    add("--contrastive-stages", type=real(0, 1000), nargs=3, metavar=("WARMUP", "TUNE", "FINE"),
-        help="factors on the weights in the stages of --stages")
 
 
 def _distillation(parser: Parser) -> None:
@@ -309,7 +322,7 @@ def _schedule(parser: Parser) -> None:
     add("--sched", default="cosine", help="schedule",
         choices=("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none"))
     add("--sched-on-updates", action=_Flag, default=False, help="step the schedule after every update")
-    add("--epochs", type=whole(1), default=300, help="epochs")
+    add("--epochs", type=whole(0), default=300, help="epochs; 0 with --head-init data: fit, evaluate and save only")
     add("--min-lr", type=real(0, 1000), default=0.0, help="lowest learning rate")
     add("--warmup-lr", type=real(0, 1000), default=1e-5, help="learning rate at the start of the warm-up")
     add("--warmup-epochs", type=whole(0), metavar="N", help="epochs of warm-up (default: 5, half of a shorter run)")

@@ -1,4 +1,4 @@
-"""One epoch of training and one evaluation.
+"""One epoch of training.
 
 Accelerate prepares the model and the optimiser only. timm's loader prefetches one batch ahead, which puts
 Accelerate's own accumulation out of step, so that the boundaries of accumulation are set here by hand.
@@ -11,24 +11,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
 from timm_faim.training.checkpoint import save_batch
-from timm_faim.training.contrastive import ContrastiveTask
-from timm_faim.training.data import UNREADABLE
 from timm_faim.training.errors import RankError
 from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.sampling import TrainingOrder, seed_step
-from timm_faim.training.stages import StageSchedule
 from timm_faim.training.state import Checkpointer, Progress
 
 
@@ -67,9 +63,7 @@ class Training:
     order: TrainingOrder
     run_folder: Path | None  # None in a dry run, which writes nothing
     scheduler: Any = None
-    stages: StageSchedule | None = None
     mixup: Callable | None = None
-    criteria: dict[bool, torch.nn.Module] = field(default_factory=dict)  # by whether labels are smoothed
     frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
     checkpointer: Checkpointer | None = None
     refit: "Callable[[Training], None] | None" = None  # after the last epoch
@@ -87,10 +81,6 @@ class Training:
         """Optimiser steps an epoch."""
         return -(-len(self.order) // self.args.grad_accum_steps)
 
-    def stage(self) -> str:
-        """Name of the present stage; empty without stages."""
-        return self.stages.stage(self.progress.updates) if self.stages else ""
-
     def whole_state(self) -> dict[str, torch.Tensor]:
         """State dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -103,16 +93,6 @@ class Training:
             return state
         prefix = next(name for name, module in self.model.named_modules() if module is self.part)
         return self.model.state_dict() | {f"{prefix}.{name}": tensor for name, tensor in state.items()}
-
-    def enter_stage(self) -> None:
-        """Put label smoothing as the present stage wants it."""
-        smooths = self.stages is None or self.stages.smooths_labels(self.progress.updates)
-        if self.criteria:
-            self.task.criterion = self.criteria[smooths]
-        if isinstance(self.task, ContrastiveTask):
-            self.task.enter_stage(self.stage())
-        if self.mixup is not None:
-            self.mixup.label_smoothing = self.args.smoothing if smooths else 0.0
 
 
 class LateReader:
@@ -157,8 +137,8 @@ class _EpochRecord:
         self.run = run
         self.images_before, self.start = run.progress.samples, time.perf_counter()
         self.seconds_before = run.progress.seconds
-        self.bar = tqdm(total=len(run.order), initial=run.progress.step, unit="batch", leave=False,
-                        disable=None if run.accelerator.is_main_process else True)
+        self.bar = tqdm(desc=f"epoch {run.progress.epoch + 1}", total=len(run.order), initial=run.progress.step,
+                        unit="batch", leave=False, disable=None if run.accelerator.is_main_process else True)
 
     def consume(self, numbers: list[float], step: int, images: torch.Tensor, target: torch.Tensor) -> None:
         local_loss, loss_sum, hits, samples, stop, *parts = numbers
@@ -176,10 +156,6 @@ class _EpochRecord:
             rate = (progress.samples - self.images_before) / (time.perf_counter() - self.start)
             self.bar.set_postfix_str(f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
                                      f"{100 * progress.hits / progress.samples:.1f} %, {rate:.0f} images/s")
-
-    def name_stage(self) -> None:
-        stage = self.run.stage()
-        self.bar.set_description(f"epoch {self.run.progress.epoch + 1}" + (f", {stage}" if stage else ""))
 
     def keep_time(self) -> None:
         self.run.progress.seconds = self.seconds_before + time.perf_counter() - self.start
@@ -217,9 +193,6 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     has_parts = progress.step == 0 or set(progress.parts) == set(getattr(task, "part_names", ()))
     record = _EpochRecord(run)
     reader = LateReader(record.consume)
-    run.enter_stage()
-    record.name_stage()
-    stage = run.stage()
     optimizer.zero_grad()
     first = progress.step
     given = _told_last(run.order.batches(progress.epoch, first), getattr(run.order, "is_stream", False))
@@ -245,20 +218,15 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         parameter.grad.mul_(window / short)
-            with run.stages.update(optimizer, progress.updates) if run.stages else nullcontext():
-                if args.clip_grad is not None:
-                    accelerator.unscale_gradients(optimizer)
-                    dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
-                optimizer.step()
+            if args.clip_grad is not None:
+                accelerator.unscale_gradients(optimizer)
+                dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
+            optimizer.step()
             optimizer.zero_grad()
             progress.updates += 1
             task.update_ema(step=progress.updates)
             if run.scheduler is not None:
                 run.scheduler.step_update(progress.updates)
-            if run.stage() != stage:
-                stage = run.stage()
-                run.enter_stage()
-                record.name_stage()
 
         reader.push(step_numbers(result, target, run), step, images, target)
         progress.step = step + 1
@@ -350,47 +318,3 @@ def stop_at_bad_loss(local_loss: float, step: int, images: torch.Tensor, target:
     raise RankError(f"the loss is {local_loss if is_here else math.nan} in epoch {run.progress.epoch + 1}, step "
                     f"{step + 1}.{where} checkpoints of earlier epochs are kept. Try a lower --lr, a longer "
                     "--warmup-epochs, --clip-grad, or --amp-dtype bfloat16")
-
-
-@torch.inference_mode()
-def evaluate(
-        model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace,
-        create_evaluator: Callable | None = None,
-) -> dict[str, Any]:
-    """Cross entropy and accuracy, every image counted exactly once on any number of processes.
-
-    timm's sampler repeats images at the end to make the processes even; the evaluator leaves the repetitions out.
-
-    Args:
-        model: gives logits [B, C].
-        loader: timm's validation loader.
-        accelerator: where and in which precision to run.
-        args: options (memory format, unreadable images).
-        create_evaluator: timm's evaluator of the task; None is single-label classification.
-
-    Returns:
-        `loss`, `top1`, `top5` (per cent; of a multi-label task what timm's evaluator gives) and `samples`, the number
-        of images counted, over all processes.
-    """
-    model.eval()
-    limit = evaluation_sample_limit(loader)
-    # Unreadable images are left out here by hand, which would put the evaluator's own count of images off.
-    options = {"max_samples": None if args.skip_unreadable else limit}
-    evaluator = (create_evaluator or partial(ClassificationEvaluator, accelerator.device))(**options)
-    seen = 0
-    for images, target in loader:
-        if args.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            output = model(images)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if args.skip_unreadable:
-            real = len(target) if limit is None else max(0, min(len(target), limit - seen))
-            seen += real
-            output, target = output[:real], target[:real]
-            readable = (target != UNREADABLE).reshape(len(target), -1).any(1)
-            output, target = output[readable], target[readable]
-        evaluator.update(output, target)
-    metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
-    metrics["samples"] = int(accelerator.reduce(evaluator.counts[0], "sum"))
-    return metrics

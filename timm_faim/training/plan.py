@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from timm_faim.training.loop import Training, evaluate, train_one_epoch
-from timm_faim.training.stages import describe, sizes_of_parts
+from timm_faim.training.loop import Training, train_one_epoch
+from timm_faim.training.lr_scales import sizes_of_parts
+from timm_faim.training.predictions import evaluate
 
 
 class _Beginning:
@@ -52,8 +53,6 @@ def dry_run(run: Training, val_loader: Any, epochs: int, log: Callable) -> None:
                         if group["part"] == part})
         span = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         log(f"  {part}: {count:,} parameters, highest learning rate {span}")
-    for line in describe(run.stages, updates, epochs) if run.stages else ["off, all parts learn throughout"]:
-        log(f"stage {line}" if run.stages else f"stages: {line}")
 
     device = accelerator.device
     if device.type == "cuda":

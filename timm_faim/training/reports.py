@@ -18,7 +18,8 @@ from timm_faim.training.errors import UserError
 from timm_faim.training.evaluation import collect
 from timm_faim.training.files import atomic_write, create_run_folder
 from timm_faim.training.folders import check_same_classes
-from timm_faim.training.loop import Training, evaluate
+from timm_faim.training.loop import Training
+from timm_faim.training.predictions import evaluate
 from timm_faim.training.reporting.page import write_report
 from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
 from timm_faim.training.summary import read_summary

@@ -14,6 +14,7 @@ from timm_faim.training.files import check_writable, create_run_folder
 from timm_faim.training.finished import work_left
 from timm_faim.training.flags import ONE_LAUNCH
 from timm_faim.training.lock import lock_run_folder
+from timm_faim.training.removed import REMOVED
 from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
 
 # Options that may differ between the parts of one run.
@@ -116,7 +117,8 @@ def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, An
         return {"args.yaml": (None, None)}
     now = yaml.safe_load(yaml.safe_dump(requested))
     derived = {"lr"} - now.keys()  # the rate that follows the batch is on record, but was not asked for
-    keys = (before.keys() | now.keys()) - _RUNTIME - derived
+    idle = {key for key, (default, _) in REMOVED.items() if before.get(key) == default}
+    keys = (before.keys() | now.keys()) - _RUNTIME - derived - idle
     return {key: (before.get(key), now.get(key)) for key in sorted(keys) if before.get(key) != now.get(key)}
 
 

@@ -40,7 +40,7 @@ _NAME = re.compile(r"checkpoint-(\d+)-(\d+)")
 class Progress:
     """Where a run stands. The sums are over all processes and the batches of the epoch so far."""
 
-    epoch: int = 0  # in progress, from 0
+    epoch: int = 0  # number of finished epochs; the one in progress is the next
     step: int = 0  # batches of it that have been trained on, per process
     updates: int = 0
     loss_sum: float = 0.0
@@ -49,7 +49,7 @@ class Progress:
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # sums of the single losses, where there are several
     best: float | None = None  # of --eval-metric
-    kept: list[dict[str, Any]] = field(default_factory=list)  # epochs whose weights are kept: {epoch, metric}
+    top: list[dict[str, Any]] = field(default_factory=list)  # epochs whose weights are kept, {epoch, metric}; 0: start
 
     def lay_out(self, before: dict[str, int], now: dict[str, int], batches: int) -> None:
         """Convert the position from one layout (processes, batch_size, grad_accum_steps, images) to another.
@@ -67,13 +67,13 @@ class Progress:
         self.updates = self.epoch * -(-batches // accum) + self.step // accum
 
     def start_at(self, epoch: int, updates_per_epoch: int) -> None:
-        """Stand at the beginning of an epoch that a person chose."""
+        """Stand where a person chose, after `epoch` epochs."""
         self.epoch = epoch - 1
         self.end_epoch()
         self.updates = epoch * updates_per_epoch
-        self.kept = [entry for entry in self.kept if entry["epoch"] < epoch]
+        self.top = [entry for entry in self.top if entry["epoch"] <= epoch]
         if self.best is not None:
-            self.best = self.kept[0]["metric"] if self.kept else None
+            self.best = self.top[0]["metric"] if self.top else None
 
     def end_epoch(self) -> None:
         """Stand at the beginning of the next epoch."""
@@ -198,7 +198,7 @@ class Checkpointer:
                 stored = load_file(rank_file)
                 for name, buffer in self._buffers().items():
                     buffer.copy_(stored[name])
-            progress = Progress(**manifest["progress"])
+            progress = _read_progress(manifest)
         except (RuntimeError, ValueError, KeyError, TypeError, FileNotFoundError) as e:
             raise UserError(f"checkpoint {path} does not fit this run: {' '.join(str(e).split())[:300]}. Resume with "
                             "the model and options it was made with, or start anew without --resume") from e
@@ -355,6 +355,13 @@ def _position(path: Path) -> tuple[int, int]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _read_progress(manifest: dict[str, Any]) -> Progress:
+    stored = dict(manifest["progress"])
+    if "kept" in stored:  # of an earlier version, which counted the epochs whose weights are kept from 0
+        stored["top"] = [entry | {"epoch": entry["epoch"] + 1} for entry in stored.pop("kept")]
+    return Progress(**stored)
 
 
 def _damage(path: Path) -> str | None:

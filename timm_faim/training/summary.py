@@ -35,14 +35,15 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def append_summary(path: Path, epoch: int, train: dict[str, Any], val: dict[str, Any], lr: float) -> None:
-    """Add one epoch to summary.csv, with the columns of timm's `update_summary`.
+def append_summary(
+        path: Path, epoch: int, train: dict[str, Any], val: dict[str, Any], lr: float | None = None,
+) -> None:
+    """Add a row after `epoch` epochs, 0 for the start, to summary.csv, with the columns of timm's `update_summary`.
 
     timm's function writes no header anew where a row has other columns: an epoch without validation leaves cells empty.
     """
-    row = {"epoch": epoch, **{f"train_{k}": v for k, v in train.items()}, **{f"eval_{k}": v for k, v in val.items()},
-           "lr": lr}
-    _write_rows(path, [*read_summary(path), row])
+    row = {"epoch": epoch, **{f"train_{k}": v for k, v in train.items()}, **{f"eval_{k}": v for k, v in val.items()}}
+    _write_rows(path, [*read_summary(path), row | ({} if lr is None else {"lr": lr})])
 
 
 def read_summary(path: Path) -> list[dict[str, str]]:
@@ -60,19 +61,23 @@ def read_summary(path: Path) -> list[dict[str, str]]:
         raise UserError(f"cannot read {path}: {e}. Mend it, or remove it and go on without") from e
     if not all(re.fullmatch("[0-9]{1,9}", row.get("epoch") or "") for row in rows):
         raise UserError(f"{path} is damaged: a row lacks its epoch. Mend it, or remove it and go on without")
+    if rows and rows[0]["epoch"] == "0" and rows[0].get("train_loss"):  # earlier versions counted from 0
+        for row in rows:
+            row["epoch"] = str(int(row["epoch"]) + 1)
     return rows
 
 
 def cut_summary(path: Path, epoch: int) -> None:
-    """Remove the rows of `epoch` and later, which a resumed run will write again."""
+    """Remove the rows after `epoch`, which a resumed run will write again."""
     rows = read_summary(path)
-    kept = [row for row in rows if int(row["epoch"]) < epoch]
+    kept = [row for row in rows if int(row["epoch"]) <= epoch]
     if len(kept) < len(rows):
         _write_rows(path, kept)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    fullest = max(rows, key=len, default={})  # whose order of columns is kept
+    columns = list(dict.fromkeys(key for row in (fullest, *rows) for key in row))
     write_csv(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
@@ -80,11 +85,15 @@ def epoch_line(
         epoch: int, epochs: int, train: dict[str, Any], val: dict[str, Any], is_best: bool,
 ) -> str:
     """One line for a person; `val` is empty in an epoch without validation."""
-    stage = f" ({train['stage']})" if "stage" in train else ""
-    line = f"epoch {epoch + 1:3d}/{epochs}{stage}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
+    return (f"epoch {epoch:3d}/{epochs}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
+            f"{' | ' if val else ''}{validation_line(val)} | {train['images_per_s']:.0f} images/s, "
+            f"{train['seconds']:.1f} s{'  *' if is_best else ''}")
+
+
+def validation_line(val: dict[str, Any]) -> str:
+    """The numbers of a validation; empty without one."""
     if "top1" in val:
-        line += (f" | validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} %"
-                 f" of {val['samples']} images")
-    elif val:
-        line += " | validation " + ", ".join(f"{key} {value:.3f}" for key, value in val.items() if key != "samples")
-    return f"{line} | {train['images_per_s']:.0f} images/s, {train['seconds']:.1f} s{'  *' if is_best else ''}"
+        return (f"validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} % of "
+                f"{val['samples']} images")
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in val.items() if key != "samples")
+    return f"validation {numbers}" if val else ""

@@ -37,7 +37,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module, smoothing: float | None = None) -> nn.Module:
+def build_criterion(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     """Training loss of (logits [B, C], target [B] or [B, C]), with the margin of the model's FAIM heads.
 
     With mixup or cutmix the target must be the soft one of timm's `Mixup`, which holds the smoothing then.
@@ -45,7 +45,6 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, smoothing: float
     Args:
         args: the options.
         model: the model in training, or its classifier alone.
-        smoothing: label smoothing instead of --smoothing.
 
     Raises:
         UserError: options that do not go with the loss.
@@ -53,7 +52,7 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, smoothing: float
     loss = loss_name(args)
     try:
         criterion = create_classification_loss(
-            loss, multi_label=args.multi_label, smoothing=args.smoothing if smoothing is None else smoothing,
+            loss, multi_label=args.multi_label, smoothing=args.smoothing,
             soft_targets=mixes_images(args), pos_weight=args.bce_pos_weight, bce_target_thresh=args.bce_target_thresh,
             bce_sum=args.bce_sum, jsd_splits=args.aug_splits,
         )

@@ -100,7 +100,6 @@ def _draw_scalars(ax: "Axes", geometry: Geometry, rows: Sequence[Mapping[str, An
         axes.tick_params(axis="y", labelcolor=color)
         axes.ticklabel_format(axis="y", useOffset=False)
     plots.finish_epoch_axes(ax, epochs)
-    plots.draw_stages(ax, rows, epochs, named=False)
 
 
 def choose_examples(evaluation: Evaluation, count: int = EXAMPLES) -> np.ndarray:

@@ -60,7 +60,7 @@ def write_report(
     if plots.draw_learning_curve(folder / "learning_curve.png", history):
         page.add_section("Learning curves")
         page.add_picture("learning_curve.png", f"Loss, top-1 accuracy and, where recorded, learning rates over "
-                         f"{len(history)} epochs. {_last_epoch(history)}",
+                         f"the epochs. {_last_epoch(history)}",
                          "The training numbers are measured during the epoch, on augmented images.")
     if evaluation is not None and len(evaluation.index):
         _add_evaluation(page, evaluation, label_names)
@@ -82,7 +82,7 @@ def write_report(
 
 
 def _last_epoch(history: Sequence[Mapping[str, Any]]) -> str:
-    words = [f"{key} {history[-1][key]}" for key in ("train_loss", "eval_loss", "eval_top1") if key in history[-1]]
+    words = [f"{key} {history[-1][key]}" for key in ("train_loss", "eval_loss", "eval_top1") if history[-1].get(key)]
     return f"In the last epoch: {', '.join(words)}." if words else ""
 
 

@@ -76,18 +76,18 @@ def column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def epochs_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Epochs counted from 1 [E]: the column `epoch`, or the rows' places."""
-    given = column(rows, "epoch") + 1
+    """Epochs done [E], 0 for the start: the column `epoch`, or the rows' places from 1."""
+    given = column(rows, "epoch")
     return given if np.isfinite(given).all() else np.arange(1.0, len(rows) + 1)
 
 
 def draw_learning_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Loss, top-1 accuracy and learning rates over the epochs, with the stages of training.
+    """Loss, top-1 accuracy and learning rates over the epochs.
 
     Args:
         path: PNG file.
         rows: one mapping an epoch, as in summary.csv (values may be strings), of which these are used where present:
-            epoch, train_loss, eval_loss, train_top1, eval_top1, eval_top5, train_stage, and lr, lr_<part>,
+            epoch, train_loss, eval_loss, train_top1, eval_top1, eval_top5, and lr, lr_<part>,
             train_lr_<part> for the learning rates. Without top-1 the other eval_ columns take its place.
     """
     if not has_matplotlib() or not rows:
@@ -116,9 +116,8 @@ def draw_learning_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
             _line(axes[1], epochs, column(rows, key), key.removeprefix("eval_"), f"C{number}")
     if rates:
         _draw_rates(axes[2], epochs, rates)
-    for number, ax in enumerate(axes):
+    for ax in axes:
         finish_epoch_axes(ax, epochs)
-        draw_stages(ax, rows, epochs, named=number == 0 or len(axes) == 2)
     save_figure(figure, path)
     return True
 
@@ -144,21 +143,6 @@ def finish_epoch_axes(ax: "Axes", epochs: np.ndarray) -> None:
     ax.grid(alpha=0.3)
     if len(ax.get_lines()) > 1:
         ax.legend(fontsize=8)
-
-
-def draw_stages(ax: "Axes", rows: Sequence[Mapping[str, Any]], epochs: np.ndarray, named: bool = True) -> None:
-    """A vertical line where `train_stage` changes and, `named`, each stage's name above the axes."""
-    stages = [str(row.get("train_stage") or "") for row in rows]
-    if len(set(stages)) < 2:
-        return
-    starts = [i for i in range(len(stages)) if i == 0 or stages[i] != stages[i - 1]]
-    for i in starts:
-        x = epochs[i] - 0.5
-        if i:
-            ax.axvline(x, color=GREY, linewidth=1, linestyle="--")
-        if named:
-            ax.annotate(short_name([stages[i]], 0, 16), (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 2),
-                        textcoords="offset points", fontsize=8, color="#555555")
 
 
 def draw_confusion(path: Path, evaluation: "Evaluation", label_names: Sequence[str] | None = None) -> bool:
