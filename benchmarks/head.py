@@ -23,7 +23,7 @@ from machine import headline
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import PRESETS, FAIMHead, to_linear
+from timm_faim import PRESETS, FAIMHead, FoldedHead, to_linear
 
 
 class LiteralHead(FAIMHead):
@@ -163,7 +163,7 @@ def inference_table(D, C, rounds) -> None:
     torch.manual_seed(0)
     head, x = FAIMHead(D, C).eval(), torch.randn(1, D)
     ways = {"Linear": nn.Linear(D, C), "frozen Linear(D, D) + Linear": floor(D, C), "FAIM": head,
-            "FAIM, head.folded()": head.folded(), "FAIM, ranking alone: to_linear(head)": to_linear(head)}  # fmt: skip
+            "FAIM, FoldedHead(head)": FoldedHead(head), "FAIM, the order alone: to_linear(head)": to_linear(head)}
     times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         for i in range(40 * rounds + 40):

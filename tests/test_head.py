@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import PRESETS, FAIMHead, FAIMMetric, TargetMargin, agreement, faim_heads, fit_, to_linear
+from timm_faim import PRESETS, FAIMHead, FAIMMetric, FoldedHead, TargetMargin, agreement, faim_heads, fit_, to_linear
 from timm_faim.metric.cosine import cosine_logits, plain_cosine_logits
 
 B, C, D = 6, 5, 16
@@ -412,7 +412,7 @@ def test_what_folds_gives_the_same_logits_and_the_same_order_of_classes(options,
     fit_(head, [(x, torch.arange(400) % 4)]).eval()
     if prior:
         nn.init.normal_(head.prior)
-    torch.testing.assert_close(head.folded()(x), head(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(FoldedHead(head)(x), head(x), rtol=1e-4, atol=1e-4)
     linear = to_linear(head, x)
     if not prior:
         assert torch.equal(linear(x).argsort(-1), head(x).argsort(-1))
@@ -422,7 +422,7 @@ def test_what_folds_gives_the_same_logits_and_the_same_order_of_classes(options,
 def test_heads_with_a_1_form_do_not_fold():
     for head in (FAIMHead(D, C, lambda_init=0.1), flat(D, C)):
         with pytest.raises(ValueError, match="does not fold"):
-            head.folded()
+            FoldedHead(head)
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-6, 5e-5, 1e-3])

@@ -64,7 +64,7 @@ def test_no_file_says_more_than_is_known_to_be_public(saved, tmp_path):
         "epoch,train_stage,train_loss,eval_top1,lr\n1,,1.5,,0.1\n2,,,50.0,\n")
     assert yaml.safe_load((package / "train_args.yaml").read_text()) == {
         "lr": 0.1, "pretrained": True, "model": "faim_test_resnet.no_such_tag"}
-    assert "| 1 | warm-up | 1.5 |" in (package / "README.md").read_text()
+    assert "| 1 | 1.5 |" in (package / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

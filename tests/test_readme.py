@@ -17,7 +17,8 @@ SHELL = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```"
 
 
 def test_option_table_is_the_signature():
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", README, re.MULTILINE)
+    text = (ROOT / "docs" / "head.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.MULTILINE)
     assert {name: eval(default.strip("`")) for name, default in rows} == head_options()
 
 

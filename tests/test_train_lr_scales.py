@@ -14,7 +14,7 @@ SCALES = dict(lr_scale_backbone=1.0, lr_scale_mu=1.0, lr_scale_scalars=1.0)
 
 
 def build(name="faim_test_resnet", opt="adamw", layer_decay=None, **scales):
-    options = {"faim_cfg": {"recipe": "plain"}} if name.startswith("faim_") else {}
+    options = {"faim_cfg": {"preset": "flat"}} if name.startswith("faim_") else {}
     model = timm.create_model(name, num_classes=3, **options)
     optimizer = create_optimizer_v2(model, opt, lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
     split_groups(optimizer, model, SimpleNamespace(**SCALES | scales))
@@ -23,7 +23,7 @@ def build(name="faim_test_resnet", opt="adamw", layer_decay=None, **scales):
 
 @pytest.mark.parametrize("options", [{}, {"full_sigma": True}, {"prior": True}])
 def test_every_parameter_of_the_head_has_its_part(options):
-    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"recipe": "plain", **options})
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"preset": "flat", **options})
     parts = parts_of(model)
     named = {name: parts.get(id(p), "backbone") for name, p in model.named_parameters()}
     head = {name.removeprefix("fc."): part for name, part in named.items() if name.startswith("fc.")}

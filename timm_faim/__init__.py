@@ -9,7 +9,7 @@ Importing this package registers a ``faim_`` twin of every timm classification a
 from importlib import import_module
 
 from .block import FAIMBlock, FAIMChart, exp_map, log_map
-from .head import PRESETS, FAIMHead, TargetMargin, agreement, faim_heads, fit_, from_linear, to_linear
+from .head import PRESETS, FAIMHead, FoldedHead, TargetMargin, agreement, faim_heads, fit_, from_linear, to_linear
 from .losses import FAIMInfoNCELoss, FAIMMarginLoss, FAIMNPairLoss, FAIMTripletLoss
 from .metric import FAIMMetric, faim_distance
 from .models import convert_, register_twins
@@ -26,6 +26,7 @@ __all__ = [
     "FAIMMetric",
     "FAIMNPairLoss",
     "FAIMTripletLoss",
+    "FoldedHead",
     "TargetMargin",
     "__version__",
     "agreement",

@@ -1,12 +1,9 @@
 """A head without 1-form for inference: all that it multiplies features with, in one matrix."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .head import FAIMHead
+from .head import FAIMHead
 
 
 class FoldedHead(nn.Module):
@@ -25,7 +22,7 @@ class FoldedHead(nn.Module):
     Shapes: B images, C classes, D features.
     """
 
-    def __init__(self, head: "FAIMHead") -> None:
+    def __init__(self, head: FAIMHead) -> None:
         super().__init__()
         if not head.cosine:
             raise ValueError(f"a head of space={head.space!r} with a 1-form or a metric that learns does not fold; use "

@@ -16,7 +16,6 @@ from timm_faim.metric import (
     without_autocast,
 )
 
-from .folded import FoldedHead
 from .legacy import log_of_identity, modernise
 
 SPACES = ("indicatrix", "sphere", "flat")
@@ -261,15 +260,6 @@ class FAIMHead(nn.Module):
         self.load_state_dict(own | taken)  # a state from before the frame would move μ
         self.mu.copy_(own["mu"])
         return True
-
-    @torch.jit.ignore
-    def folded(self) -> "FoldedHead":
-        """This head for inference on one device: one product with [A; Aᵀμ̂] in place of two, the same logits.
-
-        Raises:
-            ValueError: a head with a 1-form, or one that is flat.
-        """
-        return FoldedHead(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

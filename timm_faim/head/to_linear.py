@@ -20,7 +20,7 @@ def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
 
     A head without a prior keeps its argmax, and the whole order of the classes, exactly. The softmax, and with a prior
     the argmax, hold to first order around equal distances, for a feature of mean length; measure it with
-    :func:`agreement`, and see :meth:`FAIMHead.folded` for exact logits. The layer's logits have mean zero over the
+    :func:`agreement`, and see :class:`FoldedHead` for exact logits. The layer's logits have mean zero over the
     classes at the origin.
 
     Args:

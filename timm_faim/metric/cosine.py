@@ -17,10 +17,14 @@ In eager mode on a GPU the number of operations is the time: each line counts.
 import torch
 from torch import Tensor
 
-from .functional import inverse_norms
 from .precision import backward_without_autocast, needs_plain_ops
 
 _LEAST_SQUARE = 1e-24  # γ² must not vanish
+
+
+def inverse_norms(y_CD: Tensor) -> Tensor:
+    """1 / sqrt(|y|² + 1e-9) [...] of vectors y [..., D], whose gradient has one form at all lengths."""
+    return (torch.linalg.vector_norm(y_CD, dim=-1).square() + 1e-9).rsqrt()
 
 
 def cosine_logits(z_BD: Tensor, y_CD: Tensor, scale: Tensor, eps: float) -> Tensor:

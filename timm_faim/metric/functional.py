@@ -87,12 +87,7 @@ def gemm_distance(
     return torch.sqrt(q_BC.clamp_min(0.0) + eps) + lmbda * one_form_term(b_BC, symmetric, eps)
 
 
-def inverse_norms(y_CD: Tensor) -> Tensor:
-    """1 / sqrt(|y|² + 1e-8) [...] of vectors y [..., D]: the gradient at a zero vector is bounded."""
-    return (torch.linalg.vector_norm(y_CD, dim=-1).square() + 1e-8).rsqrt()
-
-
 def unit_vectors(x: Tensor) -> Tensor:
-    """x / |x| of vectors x [..., D] (a zero vector stays 0), in at least float32."""
+    """x / max(|x|, 1e-4) of vectors x [..., D], in at least float32: the bound keeps the gradient at zero small."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * inverse_norms(x).unsqueeze(-1)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-4)
