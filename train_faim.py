@@ -21,28 +21,30 @@ from accelerate.utils import broadcast_object_list
 from timm.utils import random_seed
 
 from timm_faim import faim_heads, hub
-from timm_faim.training import factories, reports, tasks
+from timm_faim.images.datasets import open_datasets
+from timm_faim.images.folders import check_same_classes
+from timm_faim.run.errors import LOST_PROCESS, RankError, UserError, is_lost_process, report, resource_advice
+from timm_faim.run.finished import REPORT, forget_done, push_to, record_done, work_left
+from timm_faim.run.lock import release_locks
+from timm_faim.run.summary import save_recipe
+from timm_faim.run.weights import BEST, check_same_head, restore_best, save_config, saved_class_order
+from timm_faim.training import finish, tasks
 from timm_faim.training.args import as_recipe, parse_args
-from timm_faim.training.checkpoint import BEST, check_same_head, restore_best, save_config, saved_class_order
 from timm_faim.training.class_sampling import build_class_sampler
-from timm_faim.training.data import build_fit_loader, build_loaders, open_datasets
+from timm_faim.training.data import build_fit_loader, build_loaders
 from timm_faim.training.epochs import train_epochs
-from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_lost_process, report, resource_advice
 from timm_faim.training.features import cache_features, only_classifier
-from timm_faim.training.finished import REPORT, forget_done, push_to, record_done, work_left
+from timm_faim.training.fits import build_refit, fit_heads_to
 from timm_faim.training.flags import ONE_LAUNCH
-from timm_faim.training.folders import check_same_classes
 from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
-from timm_faim.training.lock import release_locks
 from timm_faim.training.loop import Training
-from timm_faim.training.lr_scales import split_groups
+from timm_faim.training.model import build_data_config, build_model, check_model_name, input_channels, sync_batch_norm
+from timm_faim.training.optimiser import build_optimizer, build_scheduler, split_groups
 from timm_faim.training.plan import dry_run
-from timm_faim.training.refit import build_refit
 from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.state import Checkpointer
-from timm_faim.training.summary import save_recipe
 
 
 def train(argv: Sequence[str]) -> None:
@@ -58,7 +60,7 @@ def train(argv: Sequence[str]) -> None:
 def train_with(args: argparse.Namespace) -> None:
     """One run with these options."""
     requested = as_recipe(args)  # before any option is derived from others
-    factories.check_model_name(args.model)
+    check_model_name(args.model)
     if args.push_to_hub:
         hub.check_target(args.push_to_hub)
         hub.Release(args.push_to_hub, args.hub_license)  # refuses a wrong licence before the training
@@ -70,13 +72,13 @@ def train_with(args: argparse.Namespace) -> None:
 
     # The same seed everywhere for the weights; augmentation and dropout draw from seeds of their own (sampling.py).
     random_seed(args.seed, 0)
-    data = open_datasets(args, factories.input_channels(args))
-    model = factories.build_model(args, None if args.eval_only and args.pretrained else data.num_classes)
-    data_config = factories.build_data_config(args, model)
+    data = open_datasets(args, input_channels(args))
+    model = build_model(args, None if args.eval_only and args.pretrained else data.num_classes)
+    data_config = build_data_config(args, model)
     train_loader, val_loader = build_loaders(args, data, data_config, accelerator)
-    model = factories.sync_batch_norm(args, model, accelerator).to(accelerator.device)
+    model = sync_batch_norm(args, model, accelerator).to(accelerator.device)
     if args.eval_only:
-        reports.evaluate_only(args, model, data, val_loader, data_config["input_size"][-1], accelerator, log)
+        finish.evaluate_only(args, model, data, val_loader, data_config["input_size"][-1], accelerator, log)
         return
 
     order = TrainingOrder(train_loader, args.seed, accelerator.process_index,
@@ -87,7 +89,7 @@ def train_with(args: argparse.Namespace) -> None:
         raise UserError(f"--epochs 0 fits FAIM heads in closed form, and {args.model} has none. Train it: --epochs 1")
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
-        factories.fit_heads_to(
+        fit_heads_to(
             model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator, "--head-init data")
     if args.cache_features:
         clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator, data.num_classes)
@@ -96,9 +98,9 @@ def train_with(args: argparse.Namespace) -> None:
         log(f"features of {len(order.loader.target)} training images are computed; the head trains on them")
 
     task = tasks.build_task(args, part, tasks.build_criterion(args, part), accelerator.device)
-    optimizer = factories.build_optimizer(args, task.get_trainable_module(), world)
+    optimizer = build_optimizer(args, task.get_trainable_module(), world)
     split_groups(optimizer, part, args)
-    scheduler, epochs = factories.build_scheduler(args, optimizer, len(order))
+    scheduler, epochs = build_scheduler(args, optimizer, len(order))
     if args.model_ema:  # a copy of the bare model: `prepare` below patches its forward and may wrap it
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     wrap_repeated_blocks(accelerator, task.get_trainable_module())
@@ -155,7 +157,7 @@ def train_with(args: argparse.Namespace) -> None:
         best = f"best {of_what} {run.progress.best:.2f}" if run.progress.best is not None else "not yet validated,"
         log(f"{best} after {seconds:.0f} s; weights in {run.run_folder / BEST}")
         if REPORT in left:
-            reports.finish(run, data, val_loader, data_config, log)
+            finish.finish(run, data, val_loader, data_config, log)
         log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', "
             "pretrained=True)")
     if is_main and is_whole:

@@ -25,11 +25,12 @@ from accelerate import Accelerator
 from machine import headline
 from timm.task import ClassificationTask
 
-from timm_faim.training import factories, tasks
+from timm_faim.training import tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.loop import Training, train_one_epoch
-from timm_faim.training.lr_scales import split_groups
+from timm_faim.training.model import build_model
+from timm_faim.training.optimiser import build_optimizer, build_scheduler, split_groups
 
 FAIM_CFG = ("space=sphere", "scale_init=24.0", "margin=0.15")
 
@@ -69,14 +70,14 @@ class OurLoop:
     def __init__(self, name: str, bench: argparse.Namespace, accelerator: Accelerator, images: RandomImages) -> None:
         args = options(name, bench)
         torch.manual_seed(0)
-        model = factories.build_model(args, 1000).to(accelerator.device)
+        model = build_model(args, 1000).to(accelerator.device)
         if bench.channels_last(name):
             model, args.channels_last = model.to(memory_format=torch.channels_last), True
         criterion = tasks.build_criterion(args, model)
         self.task = tasks.build_task(args, model, criterion, accelerator.device)
-        optimizer = factories.build_optimizer(args, model, accelerator.num_processes)
+        optimizer = build_optimizer(args, model, accelerator.num_processes)
         split_groups(optimizer, model, args)
-        scheduler, _ = factories.build_scheduler(args, optimizer, len(images))
+        scheduler, _ = build_scheduler(args, optimizer, len(images))
         self.task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
         self.run = Training(args, accelerator, model, model, self.task, optimizer, images, Path(tempfile.mkdtemp()),
                             scheduler)
@@ -119,8 +120,8 @@ class TimmLoop:
         self.task = ClassificationTask(ours.run.model, criterion=ours.task.criterion, device=self.device, verbose=False)
         if args.torchcompile:
             self.task.compile()
-        self.optimizer = factories.build_optimizer(args, ours.run.model, 1)
-        self.scheduler, _ = factories.build_scheduler(args, self.optimizer, len(images))
+        self.optimizer = build_optimizer(args, ours.run.model, 1)
+        self.scheduler, _ = build_scheduler(args, self.optimizer, len(images))
         self.args = SimpleNamespace(
             channels_last=args.channels_last, clip_grad=None, clip_mode="norm", distributed=False, grad_accum_steps=1,
             log_interval=args.log_interval, mixup_off_epoch=0, prefetcher=True, recovery_interval=0,

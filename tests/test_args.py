@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_faim.run.errors import UserError, did_you_mean
 from timm_faim.training.args import as_recipe, build_parser, loss_name, parse_args
-from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.flags import ONE_LAUNCH, USUAL, available_cores
 from timm_faim.training.removed import REMOVED
 from timm_faim.training.resume import _changes

@@ -15,12 +15,12 @@ from children import in_group
 from runs import make_images
 from timm.data import create_dataset, create_loader
 
-from timm_faim.training.data import UNREADABLE
-from timm_faim.training.errors import UserError
-from timm_faim.training.evaluation import Confusion, Evaluation, collect
-from timm_faim.training.predictions import evaluate
-from timm_faim.training.reporting import plots
-from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
+from timm_faim.images.datasets import UNREADABLE
+from timm_faim.report import plots
+from timm_faim.report.evaluation import Confusion, Evaluation, collect
+from timm_faim.report.predictions import evaluate
+from timm_faim.report.tables import file_names, summary_lines, write_evaluation
+from timm_faim.run.errors import UserError
 
 ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
 SKIPPING = SimpleNamespace(channels_last=False, skip_unreadable=True)

@@ -15,11 +15,11 @@ from children import in_group
 from PIL import Image
 from runs import TINY, make_images, train
 
+from timm_faim.images.datasets import open_datasets, open_split
+from timm_faim.images.folders import check_same_classes
+from timm_faim.images.pixels import read_image
+from timm_faim.run.errors import UserError
 from timm_faim.training.args import parse_args
-from timm_faim.training.datasets import open_datasets, open_split
-from timm_faim.training.errors import UserError
-from timm_faim.training.folders import check_same_classes
-from timm_faim.training.pixels import read_image
 
 TIES = ["acer1", "acer01", "Acer1", "1", "01", "b"]
 ORDER = ["01", "1", "Acer1", "acer01", "acer1", "b"]
@@ -31,7 +31,7 @@ def open_folder(root, *flags):
 
 def classes_under(seed, root):
     code = ("import sys; from timm_faim.training.args import parse_args; "
-            "from timm_faim.training.datasets import open_datasets; "
+            "from timm_faim.images.datasets import open_datasets; "
             "data = open_datasets(parse_args(['--data-dir', sys.argv[1]]), 3); "
             "print(data.label_names, [p for p, _ in data.train.images.reader.samples])")
     environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -14,8 +14,8 @@ from timm_faim.hub import entries, save_model
 from timm_faim.hub.__main__ import run as command
 from timm_faim.hub.entries import check_entry, probe_logits, write_entry
 from timm_faim.models.published import EntryError, entry_files, read_entry
+from timm_faim.run.errors import UserError
 from timm_faim.training.args import parse_args
-from timm_faim.training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NAME = "faim_resnet10t.my_data"

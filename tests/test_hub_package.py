@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from timm_faim.hub import Release, build_package, save_model
 from timm_faim.hub.__main__ import run as command
-from timm_faim.training.csv_file import write_csv
-from timm_faim.training.errors import UserError
+from timm_faim.run.csv_file import write_csv
+from timm_faim.run.errors import UserError
 
 REPO = "me/faim_test_resnet.pets"
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from timm_faim.hub.__main__ import run as command
 from timm_faim.hub.entries import write_entry
 from timm_faim.hub.package import _dataset_of
 from timm_faim.hub.public import public_options
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 REPO = "me/faim_test_resnet.pets"
 

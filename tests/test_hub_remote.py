@@ -27,7 +27,7 @@ PREAMBLE = '''
 import hashlib, json, sys
 import timm, torch, timm_faim
 from timm_faim.hub.__main__ import run as hub
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 torch.set_num_threads(1)
 
 def attempt(*argv):

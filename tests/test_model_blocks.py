@@ -17,7 +17,7 @@ import timm_faim
 from timm_faim import FAIMChart
 from timm_faim.hub.package import save_model
 from timm_faim.models.blocks import block_places
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 # transformers [B, N, D], NHWC, NCHW of several kinds
 ARCHS = {"vit_tiny_patch16_224": 2, "swin_tiny_patch4_window7_224": 2, "convnext_atto": 2, "resnet18": 2,

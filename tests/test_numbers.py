@@ -7,13 +7,13 @@ import torch
 import yaml
 from runs import TINY, make_images, train
 
-from timm_faim.retrieve import build_parser as retrieve_parser
+from timm_faim.retrieval.__main__ import build_parser as retrieve_parser
+from timm_faim.run.errors import UserError
+from timm_faim.run.numbers import Number
+from timm_faim.run.weights import saved_faim_cfg
 from timm_faim.training.args import parse_args
-from timm_faim.training.checkpoint import saved_faim_cfg
-from timm_faim.training.errors import UserError
-from timm_faim.training.factories import build_scheduler
 from timm_faim.training.flags import build_parser
-from timm_faim.training.numbers import Number
+from timm_faim.training.optimiser import build_scheduler
 
 NUMERIC = [action for action in build_parser()._actions if isinstance(action.type, Number)]
 WORDS = ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "-1e-30", "4294967296", "1e400", "text", "", "0x10", "1_0", "½"]

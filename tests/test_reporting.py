@@ -13,13 +13,13 @@ from runs import make_images
 from timm.data import create_dataset, create_loader
 
 from timm_faim import PRESETS, FAIMHead, faim_heads
-from timm_faim.training.evaluation import Evaluation, collect
-from timm_faim.training.reporting import heads as head_pictures
-from timm_faim.training.reporting import plots
-from timm_faim.training.reporting.distances import HeadDistances
-from timm_faim.training.reporting.names import class_name, short_name
-from timm_faim.training.reporting.page import write_report
-from timm_faim.training.reporting.pictures import Pictures, head_features
+from timm_faim.images.pictures import Pictures, head_features
+from timm_faim.report import heads as head_pictures
+from timm_faim.report import plots
+from timm_faim.report.distances import HeadDistances
+from timm_faim.report.evaluation import Evaluation, collect
+from timm_faim.report.names import class_name, short_name
+from timm_faim.report.page import write_report
 
 ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
 FLAT = PRESETS["flat"] | {"lambda_init": 0.4}

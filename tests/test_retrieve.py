@@ -12,7 +12,7 @@ from runs import make_images, train_tiny
 from sklearn.metrics import normalized_mutual_info_score
 
 from timm_faim import PRESETS, FAIMHead
-from timm_faim import retrieve as command
+from timm_faim.retrieval import __main__ as command
 from timm_faim.retrieval import (
     average_precision_at_r,
     clustering_nmi,
@@ -25,8 +25,8 @@ from timm_faim.retrieval import (
 from timm_faim.retrieval import images as retrieval_images
 from timm_faim.retrieval.distances import euclidean
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet, sheet_size
-from timm_faim.training.checkpoint import save_config, save_weights
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
+from timm_faim.run.weights import save_config, save_weights
 
 FLAT = PRESETS["flat"] | {"lambda_init": 0.8}
 HEADS = {"default": {}, "flat": FLAT, "full": FLAT | {"full_sigma": True}, "randers": FLAT | {"symmetric": False},
@@ -460,5 +460,5 @@ def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         command.main()
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.startswith("timm_faim.retrieve: error: --checkpoint nothing is no folder")
+    assert stop.value.code == 1 and said.startswith("timm_faim.retrieval: error: --checkpoint nothing is no folder")
     assert said.count("\n") == 1

@@ -16,17 +16,17 @@ from test_train_loop import Batches, linear_model, random_batches, training
 
 import timm_faim
 from timm_faim import hub
-from timm_faim.training import reports
-from timm_faim.training.errors import RankError, UserError, is_lost_process, resource_advice
-from timm_faim.training.finished import FINISHED, record_done, work_left
-from timm_faim.training.lock import lock_run_folder, release_locks
+from timm_faim.run.errors import RankError, UserError, is_lost_process, resource_advice
+from timm_faim.run.finished import FINISHED, record_done, work_left
+from timm_faim.run.lock import lock_run_folder, release_locks
+from timm_faim.training import finish
+from timm_faim.training.fits import build_refit
 from timm_faim.training.loop import train_one_epoch
-from timm_faim.training.refit import build_refit
 from timm_faim.training.state import Checkpointer, Progress
 
 HOLD = """import sys, time
 from pathlib import Path
-from timm_faim.training.lock import lock_run_folder
+from timm_faim.run.lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(600)"""
@@ -87,17 +87,17 @@ def test_what_killed_runs_left_half_written_is_cleared(tmp_path):
 
 def test_a_run_is_finished_when_all_that_was_asked_is_done(images, tmp_path, monkeypatch, capsys):
     options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY, "--report"]
-    finish = reports.finish
+    write = finish.finish
 
     def killed(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(reports, "finish", killed)
+    monkeypatch.setattr(finish, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         train(*options, "--resume", "auto")
     (run,) = (tmp_path / "out").iterdir()
     assert not (run / FINISHED).exists() and not (run / "report.html").exists()
     rows = (run / "summary.csv").read_bytes()
-    monkeypatch.setattr(reports, "finish", finish)
+    monkeypatch.setattr(finish, "finish", write)
     train(*options, "--resume", "auto")
     assert "resuming from" in capsys.readouterr().out
     assert (run / FINISHED).exists() and (run / "report.html").exists() and (run / "summary.csv").read_bytes() == rows
@@ -110,7 +110,7 @@ def test_what_is_asked_for_later_is_all_that_a_finished_run_still_does(images, t
     options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY,
                "--resume", "auto"]
     done = []
-    monkeypatch.setattr(reports, "finish", lambda *args: done.append("report"))
+    monkeypatch.setattr(finish, "finish", lambda *args: done.append("report"))
     monkeypatch.setattr(hub, "check_target", lambda repo: None)
     monkeypatch.setattr(hub, "publish_run", lambda folder, repo, *args: done.append(repo))
     train(*options)
@@ -133,11 +133,11 @@ def test_what_is_asked_for_later_is_all_that_a_finished_run_still_does(images, t
 def test_a_run_that_trains_on_is_unfinished_again(images, tmp_path, monkeypatch):
     options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY, "--report"]
     done = []
-    monkeypatch.setattr(reports, "finish", lambda *args: done.append("report"))
+    monkeypatch.setattr(finish, "finish", lambda *args: done.append("report"))
     train(*options, "--resume", "auto")
     (run,) = (tmp_path / "out").iterdir()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reports, "finish", lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr(finish, "finish", lambda *args: signal.raise_signal(signal.SIGINT))
         train(*options, "--resume", run, "--epochs", "3")
     assert done == ["report"]
     train(*options, "--resume", "auto", "--epochs", "3")

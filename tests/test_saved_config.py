@@ -14,9 +14,9 @@ from timm_faim.hub.package import Release, build_package, open_folder, read_conf
 from timm_faim.models.published import EntryError, read_entry
 from timm_faim.models.saved import check_config
 from timm_faim.retrieval.images import open_model
+from timm_faim.run.errors import UserError
 from timm_faim.training.args import as_recipe, parse_args
-from timm_faim.training.errors import UserError
-from timm_faim.training.factories import build_model
+from timm_faim.training.model import build_model
 
 
 @pytest.fixture(scope="module")

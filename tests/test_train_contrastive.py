@@ -13,11 +13,11 @@ from timm.data.loader import fast_collate
 from torch import nn
 
 from timm_faim import FAIMHead, TargetMargin
+from timm_faim.run.errors import UserError
 from timm_faim.training import class_sampling
 from timm_faim.training.args import parse_args
 from timm_faim.training.class_sampling import ClassSampler
 from timm_faim.training.contrastive import ContrastiveTask, Views, parse_losses
-from timm_faim.training.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,13 @@ from runs import make_images, make_shards
 from torchvision.transforms import RandomAffine
 
 from timm_faim.data import omniglot242_root
-from timm_faim.training import datasets
+from timm_faim.images import datasets
+from timm_faim.images.datasets import UNREADABLE, open_datasets, open_split
+from timm_faim.images.pixels import InMode
+from timm_faim.report.predictions import evaluate
+from timm_faim.run.errors import UserError
 from timm_faim.training.args import parse_args
-from timm_faim.training.data import (
-    UNREADABLE,
-    build_fit_loader,
-    build_loaders,
-    count_unreadable,
-    open_datasets,
-    open_split,
-)
-from timm_faim.training.errors import UserError
-from timm_faim.training.pixels import InMode
-from timm_faim.training.predictions import evaluate
+from timm_faim.training.data import build_fit_loader, build_loaders, count_unreadable
 from timm_faim.training.sampling import SeededSamples
 
 CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,

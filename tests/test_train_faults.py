@@ -17,7 +17,7 @@ from children import Launch, free_port, kill_tree, start_server
 from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 from timm_faim.training.state import FOLDER
 
 # Everything that holds state or draws: a closed-form start, mixup, erasing, dropout, average, accumulation, batch norm.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from timm_faim.training import files
-from timm_faim.training.checkpoint import BEST, LAST, TIMM_NAME, save_batch, save_weights
-from timm_faim.training.errors import UserError
-from timm_faim.training.files import atomic_write, create_run_folder, link_as
+from timm_faim.run import files
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import atomic_write, create_run_folder, link_as
+from timm_faim.run.weights import BEST, LAST, TIMM_NAME, save_batch, save_weights
 
 
 def test_failure_in_the_middle_keeps_the_old_file(tmp_path):

@@ -8,9 +8,9 @@ from accelerate.utils import DistributedType, is_torch_version
 from children import in_group
 
 from timm_faim import TargetMargin
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
+from timm_faim.run.summary import head_metrics
 from timm_faim.training.launch import repeated_blocks, wrap_repeated_blocks
-from timm_faim.training.summary import head_metrics
 
 
 def build():

@@ -7,9 +7,9 @@ from children import Launch
 from runs import TINY, make_images, make_shards, read_summary, train, train_tiny
 
 from timm_faim import faim_heads
-from timm_faim.training import factories
+from timm_faim.run.errors import UserError
 from timm_faim.training.args import parse_args
-from timm_faim.training.errors import UserError
+from timm_faim.training.model import build_model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_at_the_start_every_class_has_its_share(images, tmp_path):
     for cfg in (["space=sphere"], ["preset=flat"], ["preset=founding", "lambda_init=0.2"]):
         args = parse_args(["--data-dir", str(images), "--model", "faim_test_vit", "--loss", "bce", "--img-size", "32",
                            "--faim-cfg", *cfg])
-        (head,) = faim_heads(factories.build_model(args, 500)).values()
+        (head,) = faim_heads(build_model(args, 500)).values()
         x = torch.randn(64, head.in_features)
         distance = (head.prior - head(x)).mean() / head.gamma()
         assert distance.item() == pytest.approx(head.initial_distance(), rel=0.1)

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
 
-from timm_faim.training.data import UNREADABLE
-from timm_faim.training.errors import RankError
+from timm_faim.images.datasets import UNREADABLE
+from timm_faim.report.predictions import evaluate
+from timm_faim.run.errors import RankError
 from timm_faim.training.loop import LateReader, Training, train_one_epoch
-from timm_faim.training.predictions import evaluate
 
 ARGS = SimpleNamespace(grad_accum_steps=1, clip_grad=None, clip_mode="norm", channels_last=False, log_interval=1,
                        seed=0, skip_unreadable=False, multi_label=False, mixup_off_epoch=0, recovery_interval=0,

@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_faim  # noqa: F401  (registers the faim_ models)
-from timm_faim.training.lr_scales import learning_rates, parts_of, sizes_of_parts, split_groups
+from timm_faim.training.optimiser import learning_rates, parts_of, sizes_of_parts, split_groups
 
 SCALES = dict(lr_scale_backbone=1.0, lr_scale_mu=1.0, lr_scale_scalars=1.0)
 

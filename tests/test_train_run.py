@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 
 from timm_faim import faim_heads
+from timm_faim.report import plots
+from timm_faim.report.predictions import evaluate
+from timm_faim.run.errors import UserError
 from timm_faim.training import epochs, loop, tasks
 from timm_faim.training.args import parse_args
-from timm_faim.training.errors import UserError
-from timm_faim.training.predictions import evaluate
-from timm_faim.training.reporting import plots
 
 ROOT = Path(__file__).parents[1]
 

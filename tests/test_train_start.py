@@ -5,14 +5,14 @@ from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 from test_train_faults import same_run
 
-from timm_faim.training import epochs, reports
+from timm_faim.run.errors import UserError
+from timm_faim.run.finished import FINISHED
+from timm_faim.run.summary import append_summary, cut_summary
+from timm_faim.run.summary import read_summary as rows_of
+from timm_faim.run.weights import BEST
+from timm_faim.training import epochs, finish
 from timm_faim.training.args import parse_args
-from timm_faim.training.checkpoint import BEST
-from timm_faim.training.errors import UserError
-from timm_faim.training.finished import FINISHED
 from timm_faim.training.state import FOLDER, Progress, _read_progress
-from timm_faim.training.summary import append_summary, cut_summary
-from timm_faim.training.summary import read_summary as rows_of
 
 START = ["--head-init", "data"]
 
@@ -74,7 +74,7 @@ def test_a_start_is_not_repeated_when_the_report_was_killed(images, tmp_path, mo
     def killed(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reports, "finish", killed)
+        patch.setattr(finish, "finish", killed)
         train(*options)
     assert capsys.readouterr().out.count("start: ") == 1
     train(*options)

@@ -10,8 +10,8 @@ from runs import fresh_accelerator
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
+from timm_faim.run.errors import RankError, UserError
 from timm_faim.training import state
-from timm_faim.training.errors import RankError, UserError
 from timm_faim.training.state import (
     FOLDER,
     Checkpointer,

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from timm_faim.training.evaluation import Evaluation
+from timm_faim.report.evaluation import Evaluation
 
 
 def measures(logits: Tensor, targets: Tensor) -> dict[str, float]:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm_faim  # noqa: F401  registers the architectures
+from timm_faim.documents import read_json
 from timm_faim.hub.entries import check_entry, publish_entry, write_entry
 from timm_faim.hub.package import Release, build_package
 from timm_faim.hub.publish import publish
 from timm_faim.hub.upload import check_repo_id
-from timm_faim.models.documents import read_json
 from timm_faim.models.published import EntryError, entry_files, read_entry
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 CONFIGS = Path("hub_configs")
 

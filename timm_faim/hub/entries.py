@@ -10,17 +10,17 @@ import torch
 import yaml
 from torch import nn
 
+from timm_faim.documents import one_line
 from timm_faim.hub.package import CONFIG, EVALUATION, Release, build_package, open_folder, read_config
 from timm_faim.hub.public import public_config, read_evaluation
 from timm_faim.hub.upload import push
 from timm_faim.models.checkpoint import sha256
 from timm_faim.models.config import nearest
-from timm_faim.models.documents import one_line
 from timm_faim.models.published import INPUT_KEYS, Entry, EntryError, read_entry
 from timm_faim.models.saved import check_config
-from timm_faim.training.checkpoint import TIMM_NAME
-from timm_faim.training.errors import UserError
-from timm_faim.training.files import atomic_write
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import atomic_write
+from timm_faim.run.weights import TIMM_NAME
 
 PROBED = 8  # logits of the probe that an entry records
 TOLERANCE = 1e-3  # relative to their range, between machines

@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from timm_faim.documents import one_line, read_json, read_yaml
 from timm_faim.head import faim_heads
 from timm_faim.hub.card import CARD, Facts, write_card
 from timm_faim.hub.public import is_name, public_config, public_options, public_rows, read_evaluation
-from timm_faim.models.documents import one_line, read_json, read_yaml
 from timm_faim.models.published import is_hub_id, is_license
 from timm_faim.models.saved import check_config
-from timm_faim.training.checkpoint import LAST, TIMM_NAME, save_config, save_weights
-from timm_faim.training.csv_file import write_csv
-from timm_faim.training.errors import UserError
-from timm_faim.training.reporting.distances import HeadDistances
-from timm_faim.training.reporting.heads import draw_head
-from timm_faim.training.reporting.plots import draw_learning_curve
-from timm_faim.training.summary import read_summary
+from timm_faim.report.distances import HeadDistances
+from timm_faim.report.heads import draw_head
+from timm_faim.report.plots import draw_learning_curve
+from timm_faim.run.csv_file import write_csv
+from timm_faim.run.errors import UserError
+from timm_faim.run.summary import read_summary
+from timm_faim.run.weights import LAST, TIMM_NAME, save_config, save_weights
 
 CONFIG, ARGS, SUMMARY, EVALUATION = "config.json", "train_args.yaml", "summary.csv", "eval.json"
 CURVE, PICTURE = "learning_curve.png", "metric.png"

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_faim.models.documents import read_json
+from timm_faim.documents import read_json
 from timm_faim.models.published import INPUT_KEYS
 from timm_faim.models.saved import is_number
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 from timm_faim.training.flags import build_parser
 
 # Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and

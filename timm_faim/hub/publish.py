@@ -6,7 +6,7 @@ from typing import Any
 
 from timm_faim.hub.package import Release, build_package
 from timm_faim.hub.upload import push
-from timm_faim.training.errors import RankError, UserError
+from timm_faim.run.errors import RankError, UserError
 
 
 def publish(run: Path, release: Release, **options: Any) -> tuple[str, str]:

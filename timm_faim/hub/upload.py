@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 
 from timm_faim.hub.package import FILES
 from timm_faim.models.published import is_hub_id
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 from timm_faim.version import __version__
 
 TRIES = 3  # of a commit that another one has overtaken

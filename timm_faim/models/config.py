@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from timm_faim.block.chart import BASES
+from timm_faim.documents import short_errors
 from timm_faim.head import DEFAULT_PRESET, PRESETS, FAIMHead
-
-from .documents import short_errors
 
 PREFIX = "faim_"  # of the twins' names
 _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,

@@ -17,8 +17,9 @@ from typing import Any, Optional
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import PretrainedCfg
 
+from timm_faim.documents import one_line, read_yaml
+
 from .config import PREFIX, nearest
-from .documents import one_line, read_yaml
 from .saved import check_inputs, is_number
 
 ORGANISATION, FOLDERS = "TIMM_FAIM_HUB_ORG", "TIMM_FAIM_HUB_CONFIGS"

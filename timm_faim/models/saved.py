@@ -8,8 +8,9 @@ from typing import Any, Optional
 import timm
 from timm.models import PretrainedCfg
 
+from timm_faim.documents import short_errors
+
 from .config import nearest, resolve_faim_cfg
-from .documents import short_errors
 
 SOURCES = ("hf-hub", "local-dir")  # of configs that came with their weights
 _LARGEST, _LONGEST, _DEEPEST = 1_000_000, 100_000, 8

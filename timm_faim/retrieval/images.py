@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.tap import layer_inputs, pooled
-from timm_faim.training.datasets import UNREADABLE, CheckedImages, reader_of
-from timm_faim.training.errors import MODEL_ERRORS, UserError, did_you_mean
-from timm_faim.training.folders import check_one_level, put_in_order
-from timm_faim.training.reporting.pictures import Pictures
+from timm_faim.images.datasets import UNREADABLE, CheckedImages, reader_of
+from timm_faim.images.folders import check_one_level, put_in_order
+from timm_faim.images.pictures import Pictures
+from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from timm_faim.training.files import atomic_write
-from timm_faim.training.reporting.plots import GREEN, GREY, RED
+from timm_faim.report.plots import GREEN, GREY, RED
+from timm_faim.run.files import atomic_write
 
 TILE = 96  # pixels of an image's longer side
 FRAME = 4

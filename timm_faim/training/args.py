@@ -12,12 +12,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DynamoBackend
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
+from timm_faim.documents import read_yaml
+from timm_faim.images.datasets import dataset_type
 from timm_faim.models import may_be_converted
 from timm_faim.models.config import resolve_faim_cfg
-from timm_faim.models.documents import read_yaml
-from timm_faim.training.checkpoint import saved_faim_cfg
+from timm_faim.run.errors import UserError, did_you_mean
+from timm_faim.run.weights import saved_faim_cfg
 from timm_faim.training.contrastive import parse_losses
-from timm_faim.training.errors import UserError, did_you_mean
 from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, Parser, build_parser, switch
 from timm_faim.training.removed import REMOVED, without_removed
 
@@ -109,18 +110,12 @@ def _without_refit(args: argparse.Namespace) -> list[str]:
     return [flag for flag, on in (
         ("--multi-label", args.multi_label), ("--cache-features", args.cache_features), ("--fsdp", args.fsdp),
         ("--aug-splits", args.aug_splits), ("--epochs 0, whose heads --head-init data fits", not args.epochs),
-        (f"--dataset {args.dataset}", dataset_type(args) in STREAMED)) if on]
+        (f"--dataset {args.dataset}", dataset_type(args.dataset) in STREAMED)) if on]
 
 
 def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The options as a recipe that repeats the run (without the ones that are unset)."""
     return {key: value for key, value in vars(args).items() if value is not None and key != "config"}
-
-
-def dataset_type(args: argparse.Namespace) -> str:
-    """What stands before the slash in --dataset: hfds, wds, torch and so on; empty for an image folder."""
-    prefix, slash, _ = args.dataset.partition("/")
-    return prefix.lower() if slash else ""
 
 
 def mixes_images(args: argparse.Namespace) -> bool:
@@ -289,7 +284,7 @@ def _check_channels(args: argparse.Namespace) -> None:
 def _check_combinations(args: argparse.Namespace) -> None:
     """Options that need or exclude each other; the first rule that is broken is the error."""
     loss, mixes, splits = loss_name(args), mixes_images(args), args.aug_splits > 1
-    kind = dataset_type(args)
+    kind = dataset_type(args.dataset)
     chosen = [flag for flag, on in (("--loss", args.loss), ("--bce-loss", args.bce_loss), ("--jsd-loss", args.jsd_loss))
               if on]
     partly = [flag for flag, on in (("--freeze", args.freeze), ("--head-only", args.head_only),

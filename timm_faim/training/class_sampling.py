@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from accelerate import Accelerator
 
-from timm_faim.training.datasets import TrainingData, targets_of
-from timm_faim.training.errors import UserError
+from timm_faim.images.datasets import TrainingData, targets_of
+from timm_faim.run.errors import UserError
 
 
 class _Deck:

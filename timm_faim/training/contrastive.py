@@ -13,7 +13,7 @@ from torch import nn
 from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss, faim_heads
 from timm_faim.head.tap import Tap, pooled
 from timm_faim.losses.base import FAIMLoss
-from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.run.errors import UserError, did_you_mean
 
 LOSSES = ("infonce", "supcon", "triplet", "npair")
 

@@ -14,23 +14,18 @@ from timm.data import AugMixDataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
-from timm_faim.training.args import dataset_type
-from timm_faim.training.contrastive import Views
-from timm_faim.training.datasets import (
-    UNREADABLE,
+from timm_faim.images.datasets import (
     CheckedImages,
     TrainingData,
+    dataset_type,
     layers_of,
-    open_datasets,
     open_split,
     reader_of,
     set_targets,
 )
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
+from timm_faim.training.contrastive import Views
 from timm_faim.training.sampling import SeededSamples
-
-__all__ = ["UNREADABLE", "CheckedImages", "TrainingData", "build_fit_loader", "build_loaders", "count_unreadable",
-           "open_datasets", "open_split", "random_affine"]
 
 
 def build_loaders(
@@ -155,7 +150,7 @@ def _in_order(
 ) -> Any:
     """A loader without augmentation."""
     workers = _workers(args, dataset, accelerator.num_processes if distributed else 1)
-    if distributed and dataset_type(args) in ("wds", "tfds"):
+    if distributed and dataset_type(args.dataset) in ("wds", "tfds"):
         workers = min(2, workers)  # as timm: these readers round the share of every worker, the fewer the better
     return _create_loader(
         dataset, batch_size=args.validation_batch_size or args.batch_size, is_training=False,
@@ -167,7 +162,7 @@ def _in_order(
 
 def _workers(args: argparse.Namespace, dataset: Dataset, processes: int) -> int:
     """Loader workers: --workers, but no more than a wds/ data set has shards, as one without a shard has no images."""
-    if dataset_type(args) != "wds":
+    if dataset_type(args.dataset) != "wds":
         return args.workers
     names = reader_of(dataset).split_info.filenames
     if len(names) < processes:

@@ -7,15 +7,10 @@ from typing import Any
 from timm.utils import distribute_bn
 
 from timm_faim import faim_heads
-from timm_faim.training.checkpoint import keep_best_epochs, save_weights
-from timm_faim.training.data import count_unreadable
-from timm_faim.training.errors import UserError
-from timm_faim.training.loop import Training, check_weights, train_one_epoch
-from timm_faim.training.lr_scales import learning_rates
-from timm_faim.training.predictions import evaluate
-from timm_faim.training.reporting.plots import draw_learning_curve, has_matplotlib
-from timm_faim.training.state import Progress
-from timm_faim.training.summary import (
+from timm_faim.report.plots import draw_learning_curve, has_matplotlib
+from timm_faim.report.predictions import evaluate
+from timm_faim.run.errors import UserError
+from timm_faim.run.summary import (
     append_summary,
     cut_summary,
     epoch_line,
@@ -23,6 +18,11 @@ from timm_faim.training.summary import (
     read_summary,
     validation_line,
 )
+from timm_faim.run.weights import keep_best_epochs, save_weights
+from timm_faim.training.data import count_unreadable
+from timm_faim.training.loop import Training, check_weights, train_one_epoch
+from timm_faim.training.optimiser import learning_rates
+from timm_faim.training.state import Progress
 
 
 def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], epochs: int, log: Callable) -> bool:

@@ -13,8 +13,8 @@ from timm.task import evaluation_sample_limit
 from tqdm import tqdm
 
 from timm_faim.head.tap import layer_inputs
-from timm_faim.training.errors import UserError
-from timm_faim.training.gather import gather_rows
+from timm_faim.run.errors import UserError
+from timm_faim.run.gather import gather_rows
 from timm_faim.training.sampling import TrainingOrder
 
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
-from timm_faim.training.errors import UserError
-from timm_faim.training.numbers import MANY, SHARE, Number, above, real, whole
+from timm_faim.run.errors import UserError
+from timm_faim.run.numbers import MANY, SHARE, Number, above, real, whole
 
 # Options of FAIM models. A recipe may carry them while the command line picks a plain timm model as a baseline.
 FAIM_ONLY = ("faim_cfg", "pretrained_head", "faim_blocks", "head_init", "head_refit", "lr_scale_scalars", "contrastive",

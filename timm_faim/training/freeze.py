@@ -7,7 +7,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from timm_faim import faim_heads
-from timm_faim.training.errors import UserError, did_you_mean
+from timm_faim.run.errors import UserError, did_you_mean
 
 
 def apply_freeze(args: argparse.Namespace, model: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from timm_faim import FAIMChart
 from timm_faim.models.attach import timm_class
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -21,8 +21,8 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
 from tqdm import tqdm
 
-from timm_faim.training.checkpoint import save_batch
-from timm_faim.training.errors import RankError
+from timm_faim.run.errors import RankError
+from timm_faim.run.weights import save_batch
 from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.sampling import TrainingOrder, seed_step
 from timm_faim.training.state import Checkpointer, Progress

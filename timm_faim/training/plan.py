@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from timm_faim.report.predictions import evaluate
 from timm_faim.training.loop import Training, train_one_epoch
-from timm_faim.training.lr_scales import sizes_of_parts
-from timm_faim.training.predictions import evaluate
+from timm_faim.training.optimiser import sizes_of_parts
 
 
 class _Beginning:

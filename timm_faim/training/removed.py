@@ -1,7 +1,7 @@
 """Options that were removed, with the reason: command lines and recipes that still have one get a line that says so."""
 from typing import Any
 
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 _METRIC = "the metric is a closed-form statistic and does not learn"
 # Option: its old default, with which old runs have it on record and which did nothing; and why it is gone.

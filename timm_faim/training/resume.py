@@ -8,12 +8,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from timm_faim.models.documents import read_yaml
-from timm_faim.training.errors import UserError
-from timm_faim.training.files import check_writable, create_run_folder
-from timm_faim.training.finished import work_left
+from timm_faim.documents import read_yaml
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import check_writable, create_run_folder
+from timm_faim.run.finished import work_left
+from timm_faim.run.lock import lock_run_folder
 from timm_faim.training.flags import ONE_LAUNCH
-from timm_faim.training.lock import lock_run_folder
 from timm_faim.training.removed import REMOVED
 from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3
 
-from timm_faim.training.checkpoint import whole_tensors
-from timm_faim.training.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process, lost_worker
-from timm_faim.training.files import flush_to_disk, rename
+from timm_faim.run.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process, lost_worker
+from timm_faim.run.files import flush_to_disk, rename
+from timm_faim.run.weights import whole_tensors
 
 FOLDER, MANIFEST = "checkpoints", "manifest.json"
 _MODEL = "model.safetensors"

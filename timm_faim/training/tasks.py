@@ -21,9 +21,9 @@ from torch import nn
 
 from timm_faim import TargetMargin, faim_heads
 from timm_faim.models import may_be_converted
+from timm_faim.run.errors import UserError, did_you_mean
 from timm_faim.training.args import loss_name, mixes_images
 from timm_faim.training.contrastive import ContrastiveTask
-from timm_faim.training.errors import UserError, did_you_mean
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

@@ -1,8 +1,8 @@
 """Retrieval with a FAIM model: Recall@K, mAP@R and NMI of its distance, beside Euclidean and cosine.
 
-    python -m timm_faim.retrieve DIR --checkpoint output/RUN                    # leave one out
-    python -m timm_faim.retrieve GALLERY --queries QUERIES --checkpoint output/RUN
-    python -m timm_faim.retrieve DIR --checkpoint hf-hub:ORG/faim_resnet50.my_data
+    python -m timm_faim.retrieval DIR --checkpoint output/RUN                    # leave one out
+    python -m timm_faim.retrieval GALLERY --queries QUERIES --checkpoint output/RUN
+    python -m timm_faim.retrieval DIR --checkpoint hf-hub:ORG/faim_resnet50.my_data
 
 DIR holds one folder of images per class; the classes need not be those of the model.
 """
@@ -20,14 +20,14 @@ import torch
 from timm.data import resolve_input_data_config
 
 from timm_faim import FAIMHead
+from timm_faim.report.tables import versions
 from timm_faim.retrieval import Ranking, clustering_nmi, distances_of, rank
 from timm_faim.retrieval.images import Images, open_folder, open_model, read_images
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
-from timm_faim.training.errors import UserError, few
-from timm_faim.training.files import atomic_write, check_writable
+from timm_faim.run.errors import UserError, few
+from timm_faim.run.files import atomic_write, check_writable
+from timm_faim.run.numbers import whole
 from timm_faim.training.flags import Parser, available_cores
-from timm_faim.training.numbers import whole
-from timm_faim.training.reporting.tables import versions
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
 NEIGHBOURS = 8  # of a row of the sheet
@@ -61,7 +61,7 @@ class Task:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser."""
-    parser = Parser(prog="python -m timm_faim.retrieve", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m timm_faim.retrieval", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("gallery", metavar="DIR", help="image folder, one folder per class")
     add("--checkpoint", required=True, metavar="RUN",
@@ -256,7 +256,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"timm_faim.retrieve: error: {error}", file=sys.stderr)
+        print(f"timm_faim.retrieval: error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

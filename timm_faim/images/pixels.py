@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from timm_faim.training.errors import RankError
+from timm_faim.run.errors import RankError
 
 # Formats whose integer pixels (I) have 16 bits, and those whose 16-bit ones (I;16) begin at 0. FITS' have a sign.
 _SIXTEEN_BITS, _UNSIGNED = ("PNG", "PPM"), ("PNG", "JPEG2000", "IM")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_faim.training.files import atomic_write
+from timm_faim.run.files import atomic_write
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that spreadsheets compute from
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 
-from timm_faim.training.data import UNREADABLE
+from timm_faim.images.datasets import UNREADABLE
 
 
 def predictions(

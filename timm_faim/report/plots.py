@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timm_faim.training.files import atomic_write
-from timm_faim.training.reporting.names import short_name
+from timm_faim.report.names import short_name
+from timm_faim.run.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from timm_faim.training.evaluation import Evaluation
+    from timm_faim.report.evaluation import Evaluation
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#2e8b57", "#c0392b", "#888888"
 MATRIX_CLASSES = 300  # a matrix of more classes than this has no readable cells

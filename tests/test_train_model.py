@@ -11,11 +11,14 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.task import MultiLabelClassificationTask
 
 from timm_faim import TargetMargin, faim_heads
-from timm_faim.training import factories
+from timm_faim.run.errors import UserError
+from timm_faim.run.weights import save_config
 from timm_faim.training.args import parse_args
-from timm_faim.training.checkpoint import save_config
-from timm_faim.training.errors import UserError
+from timm_faim.training.fits import fit_heads_to
 from timm_faim.training.freeze import apply_freeze
+from timm_faim.training.model import build_data_config, build_model, sync_batch_norm
+from timm_faim.training.optimiser import build_optimizer, build_scheduler
+from timm_faim.training.tasks import build_criterion, build_mixup, build_task
 
 CPU = torch.device("cpu")
 
@@ -27,7 +30,7 @@ def options(*argv, model="test_resnet"):
 
 def build(*argv, model="test_resnet", classes=3):
     args = options(*argv, model=model)
-    return args, factories.build_model(args, classes)
+    return args, build_model(args, classes)
 
 
 def images(count=4, channels=3):
@@ -99,7 +102,7 @@ def test_run_that_began_with_a_file_opens_without_it(tmp_path):
     args, model = build("--pretrained-path", path)
     run = tmp_path / "run"
     run.mkdir()
-    save_config(model, run / "config.json", factories.build_data_config(args, model), None, pretrained=False)
+    save_config(model, run / "config.json", build_data_config(args, model), None, pretrained=False)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, run / "model.safetensors")
     path.unlink()
     again = timm.create_model(f"local-dir:{run}", pretrained=True)
@@ -127,10 +130,10 @@ class FakeAccelerator:
 
 def test_synchronised_batch_norm_only_over_processes():
     args, model = build("--sync-bn", model="faim_test_efficientnet")
-    assert factories.sync_batch_norm(args, model, FakeAccelerator(1, "cpu")) is model and args.dist_bn == "reduce"
+    assert sync_batch_norm(args, model, FakeAccelerator(1, "cpu")) is model and args.dist_bn == "reduce"
     with pytest.raises(UserError, match="--sync-bn works on GPUs only"):
-        factories.sync_batch_norm(args, model, FakeAccelerator(2, "cpu"))
-    synced = factories.sync_batch_norm(args, model, FakeAccelerator(2, "cuda"))
+        sync_batch_norm(args, model, FakeAccelerator(2, "cpu"))
+    synced = sync_batch_norm(args, model, FakeAccelerator(2, "cuda"))
     norms = [m for m in synced.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms) and args.dist_bn == ""
     assert list(faim_heads(synced)) == ["classifier"]
@@ -171,7 +174,7 @@ def bce_by_hand(logits, target, pos_weight=1.0):
 def test_loss_is_what_the_options_say(argv, target, expected):
     args, model = build(*argv)
     dense = F.one_hot(target, 3).float() if target.ndim == 1 else target
-    torch.testing.assert_close(factories.build_criterion(args, model)(LOGITS, target), expected(dense))
+    torch.testing.assert_close(build_criterion(args, model)(LOGITS, target), expected(dense))
 
 
 def test_jsd_loss_by_hand():
@@ -181,7 +184,7 @@ def test_jsd_loss_by_hand():
     mixture = (p + q) / 2
     divergence = sum((part * (part / mixture).log()).sum(1).mean() for part in (p, q)) / 2
     expected = cross_entropy_by_hand(LOGITS, F.one_hot(INDEX, 3)) + 12 * divergence
-    loss = factories.build_criterion(args, model)(torch.cat([LOGITS, other]), INDEX.repeat(2))
+    loss = build_criterion(args, model)(torch.cat([LOGITS, other]), INDEX.repeat(2))
     torch.testing.assert_close(loss, expected)
 
 
@@ -189,8 +192,8 @@ def test_jsd_loss_by_hand():
 def test_losses_see_the_margin_of_a_faim_head_in_training(argv):
     args, model = build("--faim-cfg", "margin=0.5", "scale_init=4.0", *argv, model="faim_test_resnet")
     plain, _ = build(*argv)
-    with_margin = factories.build_criterion(args, model.train())
-    without = factories.build_criterion(plain, build(*argv)[1])
+    with_margin = build_criterion(args, model.train())
+    without = build_criterion(plain, build(*argv)[1])
     moved = LOGITS - 4.0 * 0.5 * F.one_hot(INDEX, 3)
     torch.testing.assert_close(with_margin(LOGITS, INDEX).detach(), without(moved, INDEX))
     model.eval()
@@ -202,19 +205,19 @@ def test_other_losses_of_timm_have_gradients(loss):
     many = [] if loss in ("asl", "poly") else ["--multi-label", "--dataset", "hfds/x"]
     args, model = build("--loss", loss, *many)
     logits = LOGITS.clone().requires_grad_()
-    factories.build_criterion(args, model)(logits, HOT if many else INDEX).backward()
+    build_criterion(args, model)(logits, HOT if many else INDEX).backward()
     assert logits.grad.abs().sum() > 0
 
 
 def test_mixup_of_index_and_of_dense_targets():
     args, _ = build("--cutmix-minmax", "0.4", "0.6", "--smoothing", "0.3")
-    mixed, target = factories.build_mixup(args, 3)(images(), torch.tensor([0, 1, 2, 0]))
+    mixed, target = build_mixup(args, 3)(images(), torch.tensor([0, 1, 2, 0]))
     assert target.shape == (4, 3) and torch.allclose(target.sum(1), torch.ones(4)) and target.min() >= 0.1 - 1e-6
     args, _ = build("--mixup", "1", "--multi-label", "--dataset", "hfds/x")
-    mixup = factories.build_mixup(args, 3)
+    mixup = build_mixup(args, 3)
     mixup.mixup_enabled = False
     assert torch.equal(mixup(images(2), HOT)[1], HOT)
-    assert factories.build_mixup(options(), 3) is None
+    assert build_mixup(options(), 3) is None
 
 
 # Tasks
@@ -237,24 +240,24 @@ def teacher(tmp_path):
     return save
 
 
-def build_task(*argv, model="test_resnet"):
+def task_of(*argv, model="test_resnet"):
     args, net = build(*argv, model=model)
-    return factories.build_task(args, net, factories.build_criterion(args, net), CPU), net
+    return build_task(args, net, build_criterion(args, net), CPU), net
 
 
 def test_plain_and_multi_label_tasks():
-    task, net = build_task("--loss", "bce")
+    task, net = task_of("--loss", "bce")
     x = images()
     task.eval()
     torch.testing.assert_close(task(x, torch.tensor([0, 1, 2, 0]))["output"], net(x))
-    task, _ = build_task("--multi-label", "--dataset", "hfds/x", "--multilabel-threshold", "0.3")
+    task, _ = task_of("--multi-label", "--dataset", "hfds/x", "--multilabel-threshold", "0.3")
     assert isinstance(task, MultiLabelClassificationTask) and task.create_evaluator().threshold == 0.3
     assert task.eval()(x, torch.zeros(4, 3))["loss"] > 0
 
 
 def test_logit_distillation_by_hand(teacher):
     name = teacher()
-    task, net = build_task("--kd-model-name", name, "--kd-temperature", "2", "--task-loss-weight", "0.25",
+    task, net = task_of("--kd-model-name", name, "--kd-temperature", "2", "--task-loss-weight", "0.25",
                            "--mean", "0.4", "--std", "0.3")
     task.train()
     net.eval()
@@ -268,14 +271,14 @@ def test_logit_distillation_by_hand(teacher):
 
 
 def test_grey_images_are_distilled(teacher):
-    task, net = build_task("--kd-model-name", teacher(in_chans=1), "--in-chans", "1", "--mean", "0.9", "--std", "0.25")
+    task, net = task_of("--kd-model-name", teacher(in_chans=1), "--in-chans", "1", "--mean", "0.9", "--std", "0.25")
     assert task.student_mean.shape == (1, 1, 1, 1) and task.teacher.mean_kd.shape == (1, 1, 1, 1)
     task(images(channels=1), torch.tensor([0, 1, 2, 0]))["loss"].backward()
     assert net.conv1[0].weight.grad is not None
 
 
 def test_feature_distillation_trains_a_projection_and_no_teacher(teacher):
-    task, net = build_task("--kd-model-name", teacher("test_vit", img_size=32), "--kd-distill-type", "feature",
+    task, net = task_of("--kd-model-name", teacher("test_vit", img_size=32), "--kd-distill-type", "feature",
                            model="faim_test_resnet")
     trainable = task.get_trainable_module()
     assert trainable.projection.out_features == task.teacher.model.num_features
@@ -285,7 +288,7 @@ def test_feature_distillation_trains_a_projection_and_no_teacher(teacher):
 
 
 def test_distillation_in_low_precision(teacher):
-    task, net = build_task("--kd-model-name", teacher(), "--kd-distill-type", "feature", "--model-dtype", "bfloat16",
+    task, net = task_of("--kd-model-name", teacher(), "--kd-distill-type", "feature", "--model-dtype", "bfloat16",
                            model="faim_test_vit")
     task.train()(images().bfloat16(), torch.tensor([0, 1, 2, 0]))["loss"].backward()
     assert net.head.mu.grad.dtype == torch.bfloat16
@@ -295,7 +298,7 @@ DISTILLED = "faim_deit_tiny_distilled_patch16_224"
 
 
 def test_token_distillation_gives_each_head_its_own_part(teacher):
-    task, net = build_task("--kd-model-name", teacher(), "--kd-distill-type", "token",
+    task, net = task_of("--kd-model-name", teacher(), "--kd-distill-type", "token",
                            "--kd-token-distill-type", "hard", "--faim-cfg", "margin=0.5", "scale_init=4.0",
                            "--distill-loss-weight", "2", model=DISTILLED)
     with torch.no_grad():
@@ -326,25 +329,25 @@ def test_margin_of_a_tuple_output_is_each_heads_own():
 ])
 def test_teachers_that_cannot_be_opened(name, message):
     with pytest.raises(UserError, match=message) as raised:
-        build_task("--kd-model-name", name)
+        task_of("--kd-model-name", name)
     assert "\n" not in str(raised.value)
 
 
 def test_teacher_with_other_classes(teacher):
     args, net = build("--kd-model-name", teacher(), classes=4)
     with pytest.raises(UserError, match=r"has 3 classes, the data 4\. Take a teacher trained on these"):
-        factories.build_task(args, net, factories.build_criterion(args, net), CPU)
+        build_task(args, net, build_criterion(args, net), CPU)
     args, net = build("--kd-model-name", args.kd_model_name, "--kd-distill-type", "feature", classes=4)
-    factories.build_task(args, net, factories.build_criterion(args, net), CPU)
+    build_task(args, net, build_criterion(args, net), CPU)
 
 
 def test_teacher_that_cannot_take_the_images(teacher):
     with pytest.raises(UserError, match="does not take the student's images of 3x2x2"):  # smaller than a patch
-        build_task("--kd-model-name", teacher("test_convnext"), "--img-size", "2")
+        task_of("--kd-model-name", teacher("test_convnext"), "--img-size", "2")
 
 
 def test_teacher_of_a_faim_run(teacher):
-    task, _ = build_task("--kd-model-name", teacher("faim_test_resnet"), "--kd-loss-type", "kl")
+    task, _ = task_of("--kd-model-name", teacher("faim_test_resnet"), "--kd-loss-type", "kl")
     assert faim_heads(task.teacher.model)
 
 
@@ -353,7 +356,7 @@ def test_pretrained_faim_name_whose_head_stays_fresh_has_no_logits_to_learn_from
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **kwargs))
     with pytest.raises(UserError, match="a fresh FAIM head and so no logits"):
         args = options("--kd-model-name", "faim_resnet18")
-        factories.build_task(args, create("test_resnet", num_classes=1000), torch.nn.CrossEntropyLoss(), CPU)
+        build_task(args, create("test_resnet", num_classes=1000), torch.nn.CrossEntropyLoss(), CPU)
 
 
 def test_pretrained_faim_name_that_keeps_its_classes_teaches(monkeypatch):
@@ -362,13 +365,13 @@ def test_pretrained_faim_name_that_keeps_its_classes_teaches(monkeypatch):
     keeps = create("faim_test_resnet", pretrained=True, pretrained_cfg_overlay=overlay)
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: keeps)
     args = options("--kd-model-name", "faim_resnet18", "--kd-loss-type", "kl")
-    task = factories.build_task(args, create("test_resnet", num_classes=3), torch.nn.CrossEntropyLoss(), CPU)
+    task = build_task(args, create("test_resnet", num_classes=3), torch.nn.CrossEntropyLoss(), CPU)
     assert task.teacher.model is keeps
 
 
 def test_student_without_a_distillation_head(teacher):
     with pytest.raises(UserError, match="--kd-distill-type token: .*set_distilled_training"):
-        build_task("--kd-model-name", teacher(), "--kd-distill-type", "token")
+        task_of("--kd-model-name", teacher(), "--kd-distill-type", "token")
 
 
 # Optimiser and schedule
@@ -377,7 +380,7 @@ def test_student_without_a_distillation_head(teacher):
 def test_optimiser_arguments():
     args, model = build("--opt", "adamw", "--lr", "1e-3", "--opt-kwargs", "amsgrad=True", "--layer-decay", "0.5",
                         "--layer-decay-min-scale", "0.2")
-    optimizer = factories.build_optimizer(args, model, 1)
+    optimizer = build_optimizer(args, model, 1)
     assert optimizer.defaults["amsgrad"] is True
     assert min(group["lr_scale"] for group in optimizer.param_groups) == 0.2
 
@@ -386,20 +389,20 @@ def test_optimiser_arguments():
 def test_bad_optimiser_arguments(given):
     args, model = build("--opt", "adamw", "--opt-kwargs", given)
     with pytest.raises(UserError, match="^--opt adamw: "):
-        factories.build_optimizer(args, model, 1)
+        build_optimizer(args, model, 1)
 
 
 def test_schedule_with_cycles_and_noise():
     args, model = build("--lr", "1", "--epochs", "4", "--warmup-epochs", "0", "--lr-cycle-limit", "2",
                         "--lr-cycle-decay", "0.5", "--sched", "cosine")
-    optimizer = factories.build_optimizer(args, model, 1)
-    scheduler, epochs = factories.build_scheduler(args, optimizer, 10)
+    optimizer = build_optimizer(args, model, 1)
+    scheduler, epochs = build_scheduler(args, optimizer, 10)
     assert epochs == 8
     scheduler.step(4)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
     args.lr_noise = [0.0]
-    noisy = factories.build_optimizer(args, model, 1)
-    scheduler, _ = factories.build_scheduler(args, noisy, 10)
+    noisy = build_optimizer(args, model, 1)
+    scheduler, _ = build_scheduler(args, noisy, 10)
     scheduler.step(4)
     assert noisy.param_groups[0]["lr"] != pytest.approx(0.5)
 
@@ -408,7 +411,7 @@ def test_schedule_with_cycles_and_noise():
 def test_schedule_that_does_not_fit(argv):
     args, model = build("--lr", "1", *argv)
     with pytest.raises(UserError, match=f"^--sched {args.sched}: "):
-        factories.build_scheduler(args, factories.build_optimizer(args, model, 1), 10)
+        build_scheduler(args, build_optimizer(args, model, 1), 10)
 
 
 # Freezing
@@ -516,5 +519,5 @@ def test_nothing_is_frozen_without_options():
 def test_heads_are_fitted_in_low_precision():
     args, model = build("--model-dtype", "bfloat16", model="faim_test_resnet")
     batches = [(images().bfloat16(), torch.tensor([0, 1, 2, 0])) for _ in range(3)]
-    factories.fit_heads_to(model, batches, Accelerator(cpu=True), "--head-init data")
+    fit_heads_to(model, batches, Accelerator(cpu=True), "--head-init data")
     assert torch.isfinite(model.fc.mu).all() and torch.isfinite(model(images().bfloat16())).all()

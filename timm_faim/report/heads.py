@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from timm_faim.training.evaluation import Evaluation
-from timm_faim.training.reporting import plots
-from timm_faim.training.reporting.distances import Geometry, HeadDistances
-from timm_faim.training.reporting.names import short_name
-from timm_faim.training.reporting.pictures import Pictures
-from timm_faim.training.reporting.plots import BLUE, GREEN, GREY, ORANGE, RED
+from timm_faim.images.pictures import Pictures
+from timm_faim.report import plots
+from timm_faim.report.distances import Geometry, HeadDistances
+from timm_faim.report.evaluation import Evaluation
+from timm_faim.report.names import short_name
+from timm_faim.report.plots import BLUE, GREEN, GREY, ORANGE, RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

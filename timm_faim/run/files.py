@@ -10,7 +10,7 @@ from pathlib import Path
 from timm.models import safe_model_name
 from timm.utils import get_outdir
 
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 
 @contextmanager

@@ -15,11 +15,11 @@ import torch
 from timm.data import ImageDataset
 
 import timm_faim
-from timm_faim.training.csv_file import write_csv
-from timm_faim.training.evaluation import Evaluation
-from timm_faim.training.files import atomic_write
-from timm_faim.training.reporting.names import class_name
-from timm_faim.training.reporting.plots import draw_calibration, draw_confusion
+from timm_faim.report.evaluation import Evaluation
+from timm_faim.report.names import class_name
+from timm_faim.report.plots import draw_calibration, draw_confusion
+from timm_faim.run.csv_file import write_csv
+from timm_faim.run.files import atomic_write
 
 
 def file_names(dataset: Any) -> list[str] | None:

@@ -12,17 +12,18 @@ from accelerate import Accelerator
 from timm.task import MultiLabelClassificationEvaluator
 from torch.utils.data import IterableDataset
 
-from timm_faim.training.checkpoint import BEST, saved_class_order
-from timm_faim.training.data import TrainingData, build_fit_loader
-from timm_faim.training.errors import UserError
-from timm_faim.training.evaluation import collect
-from timm_faim.training.files import atomic_write, create_run_folder
-from timm_faim.training.folders import check_same_classes
+from timm_faim.images.datasets import TrainingData
+from timm_faim.images.folders import check_same_classes
+from timm_faim.report.evaluation import collect
+from timm_faim.report.page import write_report
+from timm_faim.report.predictions import evaluate
+from timm_faim.report.tables import file_names, summary_lines, write_evaluation
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import atomic_write, create_run_folder
+from timm_faim.run.summary import read_summary
+from timm_faim.run.weights import BEST, saved_class_order
+from timm_faim.training.data import build_fit_loader
 from timm_faim.training.loop import Training
-from timm_faim.training.predictions import evaluate
-from timm_faim.training.reporting.page import write_report
-from timm_faim.training.reporting.tables import file_names, summary_lines, write_evaluation
-from timm_faim.training.summary import read_summary
 
 
 def evaluate_only(

@@ -1,13 +1,26 @@
-"""--head-refit: after the last epoch the heads' centre, prototypes and Σ in closed form, from the trained features."""
+"""Heads in closed form: before the first epoch (--head-init data), and from the trained features (--head-refit)."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from timm_faim.training.errors import UserError
-from timm_faim.training.factories import fit_heads_to
+from timm_faim import fit_
+from timm_faim.run.errors import UserError
 from timm_faim.training.loop import Training
+
+
+def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator, flag: str) -> None:
+    """Heads in closed form from the training images, as `flag` asks.
+
+    Raises:
+        UserError: what the fit says of the features (NaN, all equal).
+    """
+    try:
+        fit_(model, batches, device=accelerator.device)
+    except ValueError as e:
+        raise UserError(f"{flag}: {e}") from e
 
 
 def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], None]:

@@ -14,7 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from timm_faim.training.errors import UserError, few
+from timm_faim.run.errors import UserError, few
 
 HIDDEN = (".", "__MACOSX", "__pycache__")  # beginnings of names that no person gives a class or an image
 

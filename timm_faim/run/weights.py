@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from timm_faim.documents import read_json
 from timm_faim.models.config import resolve_faim_cfg
-from timm_faim.models.documents import read_json
-from timm_faim.training.errors import UserError
-from timm_faim.training.files import atomic_write, link_as
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import atomic_write, link_as
 
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
 TOP = "top"  # folder of the best epochs' weights

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
-from timm_faim.models.documents import one_line
+from timm_faim.documents import one_line
 
 
 class UserError(Exception):

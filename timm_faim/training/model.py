@@ -1,4 +1,4 @@
-"""Model, optimiser and schedule, all made by timm's factories from the options; loss and task are in `tasks.py`."""
+"""The model of a run, made by timm from the options."""
 import argparse
 import math
 from pathlib import Path
@@ -11,20 +11,11 @@ from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, resolve_model_input_args
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_faim import faim_heads, fit_
+from timm_faim import faim_heads
 from timm_faim.models import may_be_converted
+from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean
 from timm_faim.training.args import loss_name
-from timm_faim.training.errors import MODEL_ERRORS, UserError, did_you_mean
-from timm_faim.training.tasks import build_criterion, build_mixup, build_task
-
-__all__ = ["build_criterion", "build_data_config", "build_mixup", "build_model", "build_optimizer", "build_scheduler",
-           "build_task", "check_model_name", "fit_heads_to", "input_channels", "sync_batch_norm"]
-
-# timm's rule: optimisers with per-parameter step sizes scale their rate with the root of the batch.
-ADAPTIVE = ("ada", "lamb")
 
 # Options that are arguments of timm's models by another name; None stays the model's own default.
 ARGUMENTS = {"gp": "global_pool", "drop": "drop_rate", "drop_path": "drop_path_rate", "drop_block": "drop_block_rate",
@@ -172,61 +163,3 @@ def build_data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[
     return config
 
 
-def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator, flag: str) -> None:
-    """Heads in closed form from the training images, as `flag` asks.
-
-    Raises:
-        UserError: what the fit says of the features (NaN, all equal).
-    """
-    try:
-        fit_(model, batches, device=accelerator.device)
-    except ValueError as e:
-        raise UserError(f"{flag}: {e}") from e
-
-
-def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, processes: int) -> torch.optim.Optimizer:
-    """timm's optimiser; without --lr the rate follows the global batch as in timm."""
-    if args.lr is None:
-        ratio = args.batch_size * args.grad_accum_steps * processes / args.lr_base_size
-        rule = args.lr_base_scale or ("sqrt" if any(name in args.opt.lower() for name in ADAPTIVE) else "linear")
-        args.lr = args.lr_base * (ratio**0.5 if rule == "sqrt" else ratio)
-    try:
-        return create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
-    except (ValueError, TypeError, AssertionError, LookupError) as e:
-        if args.opt not in list_optimizers() and isinstance(e, ValueError):
-            raise UserError(f"unknown --opt {args.opt}.{did_you_mean(args.opt, list_optimizers())}") from e
-        raise UserError(f"--opt {args.opt}: {' '.join(str(e).split())}") from e
-
-
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, batches: int) -> tuple[Any, int]:
-    """timm's schedule (None for --sched none) and the number of epochs with warm-up and cool-down.
-
-    `batches` is the number of training batches an epoch in this process.
-
-    Raises:
-        UserError: lengths that do not go together, for example a decay longer than the run.
-    """
-    if not args.epochs:
-        return None, 0
-    updates = -(-batches // args.grad_accum_steps)
-    try:
-        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
-        if scheduler is not None and args.sched != "plateau":
-            _check_rates(scheduler, epochs, updates)
-    except (ValueError, AssertionError, ArithmeticError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"--sched {args.sched}: {reason}. Check the options of the schedule (--lr-..., --decay-..., "
-                        "--cooldown-epochs)") from e
-    return scheduler, epochs
-
-
-def _check_rates(scheduler: Any, epochs: int, updates: int) -> None:
-    """Ask a schedule for the rates of every epoch, as a run will.
-
-    Raises:
-        ValueError, ArithmeticError: it has none there, or one that is no rate.
-    """
-    for epoch in range(epochs + 1):
-        rates = scheduler._get_values(epoch * (1 if scheduler.t_in_epochs else updates), on_epoch=True) or []
-        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            raise ValueError(f"the learning rate of epoch {epoch + 1} would be {rates[0]:g}")

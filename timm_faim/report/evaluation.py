@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from timm_faim.training.errors import UserError
-from timm_faim.training.gather import gather_rows
-from timm_faim.training.predictions import predictions
+from timm_faim.report.predictions import predictions
+from timm_faim.run.errors import UserError
+from timm_faim.run.gather import gather_rows
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 MOST_CONFUSED = 50  # rows of most_confused.csv

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from timm_faim.training.errors import UserError
+from timm_faim.run.errors import UserError
 
 try:
     import fcntl

@@ -17,10 +17,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from timm_faim.data import OMNIGLOT242, omniglot242_root
-from timm_faim.training.args import dataset_type
-from timm_faim.training.errors import RankError, UserError, did_you_mean, few
-from timm_faim.training.folders import HIDDEN, check_no_strays, check_one_level, check_same_classes, put_in_order
-from timm_faim.training.pixels import InMode, read_image
+from timm_faim.images.folders import HIDDEN, check_no_strays, check_one_level, check_same_classes, put_in_order
+from timm_faim.images.pixels import InMode, read_image
+from timm_faim.run.errors import RankError, UserError, did_you_mean, few
 
 add_img_extensions((".webp", ".bmp", ".tif", ".tiff"))  # timm looks for PNG and JPEG only
 
@@ -29,6 +28,12 @@ UNREADABLE = -1  # target of a validation image that could not be read; with sev
 # Types of --dataset, and the package that each needs beside timm.
 PACKAGES = {"torch": None, "hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 FOLDER_NAMES = ("", "folder", "imagefolder", "image_folder")  # names without a slash that timm reads as a folder
+
+
+def dataset_type(name: str) -> str:
+    """What stands before the slash in --dataset: hfds, wds, torch and so on; empty for an image folder."""
+    prefix, slash, _ = name.partition("/")
+    return prefix.lower() if slash else ""
 
 
 class CheckedImages(Dataset):
@@ -172,7 +177,7 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
     split = args.train_split if is_training else args.val_split
     _check_name(args)
     mode = args.input_img_mode or ("L" if in_chans == 1 else "RGB")
-    as_stored = dataset_type(args) in ("hfids", "wds")  # these readers would convert, with clipping
+    as_stored = dataset_type(args.dataset) in ("hfids", "wds")  # these readers would convert, with clipping
     from_fields = {key: value for key, value in (
         ("input_key", args.input_key), ("target_key", args.target_key),
         ("target_format", args.target_format if args.multi_label else None),
@@ -180,7 +185,7 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
     try:
         if name == OMNIGLOT242:
             name, root = "", str(omniglot242_root())
-        elif dataset_type(args) == "" and not Path(root or "").exists():
+        elif dataset_type(args.dataset) == "" and not Path(root or "").exists():
             raise UserError(f"--data-dir {root} does not exist. Give a folder with train/ and val/ in it")
         dataset = create_dataset(
             name, root=root, split=split, is_training=is_training and not in_order, class_map=args.class_map,
@@ -193,7 +198,7 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"cannot open the {split} data of {args.dataset or root}: {reason}") from e
     put_in_order(getattr(dataset, "reader", None), bool(args.class_map))
-    if dataset_type(args) == "hfds":
+    if dataset_type(args.dataset) == "hfds":
         _check_fields(args, dataset.reader)
     if isinstance(dataset, ImageDataset):
         return CheckedImages(dataset, skip=args.skip_unreadable, is_training=is_training)
@@ -216,7 +221,7 @@ def layers_of(dataset: Any) -> Iterator[Any]:
 
 
 def _check_name(args: argparse.Namespace) -> None:
-    name, kind = args.dataset, dataset_type(args)
+    name, kind = args.dataset, dataset_type(args.dataset)
     if kind == "" and name.lower() not in (*FOLDER_NAMES, OMNIGLOT242):
         near = did_you_mean(name, [OMNIGLOT242]) or f" For one of torchvision's: torch/{name}"
         raise UserError(f"unknown --dataset {name}.{near}. Leave it out for an image folder")

@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from timm_faim import faim_heads
-from timm_faim.training.csv_file import write_csv
-from timm_faim.training.errors import UserError
-from timm_faim.training.files import atomic_write
+from timm_faim.run.csv_file import write_csv
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import atomic_write
 
 
 def save_recipe(recipe: dict[str, Any], path: Path) -> None:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from timm_faim import FAIMHead, faim_heads
-from timm_faim.models.documents import read_yaml
-from timm_faim.training.evaluation import Evaluation
-from timm_faim.training.files import atomic_write
-from timm_faim.training.reporting import heads as head_pictures
-from timm_faim.training.reporting import plots
-from timm_faim.training.reporting.distances import Geometry, HeadDistances
-from timm_faim.training.reporting.names import class_name
-from timm_faim.training.reporting.pictures import Pictures, head_features
+from timm_faim.documents import read_yaml
+from timm_faim.images.pictures import Pictures, head_features
+from timm_faim.report import heads as head_pictures
+from timm_faim.report import plots
+from timm_faim.report.distances import Geometry, HeadDistances
+from timm_faim.report.evaluation import Evaluation
+from timm_faim.report.names import class_name
+from timm_faim.run.files import atomic_write
 
 SHARE_SAMPLE = 256  # validation images on which the share of the 1-form is measured
 FOLDER, PAGE = "report", "report.html"

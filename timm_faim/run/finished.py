@@ -3,8 +3,8 @@ import argparse
 import json
 from pathlib import Path
 
-from timm_faim.models.documents import read_json
-from timm_faim.training.files import atomic_write
+from timm_faim.documents import read_json
+from timm_faim.run.files import atomic_write
 
 FINISHED = ".finished"
 REPORT = "report"

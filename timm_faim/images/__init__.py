@@ -1,0 +1,1 @@
+"""Images: which there are, read with their own range, and shown."""

@@ -1,0 +1,1 @@
+"""What any command needs: errors, files that are whole or not there, locks, records and weights of a run."""
