@@ -30,10 +30,6 @@ def backward_without_autocast(backward: Callable) -> Callable:
 def needs_plain_ops(compiled: bool = True) -> bool:
     """Whether only differentiable PyTorch operations will do: for export, the transforms of torch.func (grad, vmap,
     jvp, ...), forward-mode differentiation and, with ``compiled``, torch.compile."""
-    if torch.compiler.is_compiling():
-        return compiled or not torch.is_grad_enabled() or _is_exporting()
+    if torch.compiler.is_compiling():  # export traces by itself, without dynamo
+        return compiled or not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling()
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _is_exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
