@@ -86,10 +86,10 @@ class FusedCosine(torch.autograd.Function):
 
 
 def _tangent(v: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of v, in place, without what is along the rows of x, whose inverse norms are given."""
-    # the compiler fuses the sum, eager mode would allocate for it
-    along = (v * x).sum(1) if torch.compiler.is_compiling() else torch.linalg.vecdot(v, x)
-    return v.addcmul_(x, (along * inverse * inverse).unsqueeze(1), value=-1.0)
+    """Rows of v without what is along the rows of x, whose inverse norms are given; in place of v."""
+    if torch.compiler.is_compiling():  # which fuses all of it
+        return v - x * ((v * x).sum(1) * inverse * inverse).unsqueeze(1)
+    return v.addcmul_(x, (torch.linalg.vecdot(v, x) * inverse * inverse).unsqueeze(1), value=-1.0)
 
 
 def _differentiable_gradient(ctx, z_BD: Tensor, y_CD: Tensor, scale: Tensor, G_BC: Tensor) -> tuple:
