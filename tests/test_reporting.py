@@ -223,7 +223,7 @@ def report_of(tmp_path, images, name, history=(), channels=3, label_names=("bird
     page = write_report(tmp_path, model, history, label_names=label_names, evaluation=evaluation, train_images=train,
                         val_images=val, options=tmp_path / "args.yaml")
     assert page == tmp_path / "report.html"
-    return Read(page.read_text(encoding="utf-8")), {p.name for p in (tmp_path / "report").iterdir()}
+    return Read(page.read_text(encoding="utf-8")), {p.name for p in tmp_path.rglob("*.png")}
 
 
 HISTORY = [{"epoch": str(e + 1), "train_loss": str(3 - e), "eval_loss": str(3.1 - e), "train_top1": "1",
@@ -242,14 +242,24 @@ def test_page_is_whole_and_needs_no_other_file(images, tmp_path):
     text = " ".join(page.text)
     assert "<b>bird" in text  # escaped, or the parser would have met a tag
     assert all(word in text for word in ("top-1", "margin=0.2", "0.1 1.0", "full Σ, on the indicatrix", "true"))
-    assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    assert not re.search(r"\bnan\b|1-form|λ", text, re.IGNORECASE)  # there is none
+
+
+def test_pictures_of_the_evaluation_are_not_drawn_twice(images, tmp_path):
+    (tmp_path / "eval").mkdir()
+    for name in ("confusion.png", "calibration.png"):
+        (tmp_path / "eval" / name).write_bytes(b"\x89PNG" + name.encode())
+    page, _ = report_of(tmp_path, images, "faim_test_resnet")
+    assert not {p.name for p in (tmp_path / "report").iterdir()} & {"confusion.png", "calibration.png"}
+    embedded = [base64.b64decode(image["src"].split(",")[1]) for image in page.images]
+    assert b"\x89PNGconfusion.png" in embedded
 
 
 def test_page_of_a_full_directed_metric_on_the_sphere(images, tmp_path):
     options = {"full_sigma": True, "symmetric": False, "space": "sphere", "lambda_init": 2.0}
     page, files = report_of(tmp_path, images, "faim_test_resnet", faim_cfg=options)
     assert {"head.png", "prototypes.png"} <= files and "learning_curve.png" not in files
-    assert "Σ = I, Randers, on the sphere" in page.text
+    assert "Σ = I, Randers, on the sphere" in page.text and "λ √(βᵀΣ⁻¹β)" in page.text
 
 
 def test_page_of_a_linear_model_has_curves_and_confusion_only(images, tmp_path):

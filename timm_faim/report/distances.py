@@ -36,6 +36,11 @@ class Geometry:
         return self.lmbda * self.dual_norm
 
     @property
+    def has_one_form(self) -> bool:
+        """Whether the 1-form adds anything."""
+        return self.lmbda > 0
+
+    @property
     def condition(self) -> float:
         """Largest over smallest eigenvalue of Σ."""
         return float(self.spectrum[0] / self.spectrum[-1].clamp_min(torch.finfo(self.spectrum.dtype).tiny))

@@ -35,7 +35,7 @@ class Neighbours:
 def draw_head(
         path: Path, geometry: Geometry, rows: Sequence[Mapping[str, Any]], suffix: str, shares: np.ndarray | None,
 ) -> bool:
-    """λ and γ over the epochs, the spectrum of Σ, |β|, and the share of the 1-form in the distances.
+    """γ over the epochs and the spectrum of Σ; of a head with a 1-form also λ, |β| and its share in the distances.
 
     Args:
         path: PNG file.
@@ -46,8 +46,8 @@ def draw_head(
     """
     if not plots.has_matplotlib():
         return False
-    figure = plots.new_figure(9.6, 6.4)
-    (over_epochs, spectrum), (form, share) = figure.subplots(2, 2)
+    figure = plots.new_figure(9.6, 6.4 if geometry.has_one_form else 3.2)
+    (over_epochs, spectrum), *below = figure.subplots(2 if geometry.has_one_form else 1, 2, squeeze=False)
     _draw_scalars(over_epochs, geometry, rows, suffix)
 
     D = len(geometry.spectrum)
@@ -56,7 +56,16 @@ def draw_head(
     spectrum.set_yscale("log")
     spectrum.set_title(f"eigenvalues of Σ, sorted (largest / smallest {geometry.condition:.3g})", fontsize=10)
     spectrum.set_xlabel("direction")
+    spectrum.grid(alpha=0.3)
+    if below:
+        _draw_one_form(*below[0], geometry, shares)
+    plots.save_figure(figure, path)
+    return True
 
+
+def _draw_one_form(form: "Axes", share: "Axes", geometry: Geometry, shares: np.ndarray | None) -> None:
+    D = len(geometry.spectrum)
+    places = np.arange(1, D + 1)
     for values, label, color in ((geometry.beta, "|β| per coordinate", BLUE),
                                  (geometry.whitened, "|β| in units of Σ (|Σ$^{-1/2}$β|)", ORANGE)):
         form.plot(places, values.numpy(), label=label, color=color, marker="." if D <= 60 else None)
@@ -66,8 +75,7 @@ def draw_head(
                    f"λ sqrt(βᵀΣ⁻¹β) = {geometry.strongest:.3g}", fontsize=10)
     form.set_xlabel("direction")
     form.legend(fontsize=8)
-    for ax in (spectrum, form):
-        ax.grid(alpha=0.3)
+    form.grid(alpha=0.3)
 
     share.set_title("share of the 1-form in the distance", fontsize=10)
     if shares is None or not len(shares):
@@ -80,20 +88,20 @@ def draw_head(
         share.set_ylabel(f"validation images ({len(shares)})")
         share.legend(fontsize=8)
         share.grid(alpha=0.3)
-    plots.save_figure(figure, path)
-    return True
 
 
 def _draw_scalars(ax: "Axes", geometry: Geometry, rows: Sequence[Mapping[str, Any]], suffix: str) -> None:
-    ax.set_title(f"λ and γ over the epochs (now λ = {geometry.lmbda:.4g}, γ = {geometry.gamma:.4g})", fontsize=10)
+    now = f"λ = {geometry.lmbda:.4g}, " * geometry.has_one_form + f"γ = {geometry.gamma:.4g}"
+    ax.set_title(f"{'λ and ' * geometry.has_one_form}γ over the epochs (now {now})", fontsize=10)
     lmbda, gamma = (plots.column(rows, f"train_{name}{suffix}") for name in ("lambda", "gamma"))
     if not (np.isfinite(lmbda).any() and np.isfinite(gamma).any()):
         _say(ax, "no epochs recorded")
         return
     epochs = plots.epochs_of(rows)
-    twin = ax.twinx()
-    for axes, values, color, name in ((ax, lmbda, BLUE, "λ (weight of the 1-form)"),
-                                      (twin, gamma, ORANGE, "γ (inverse temperature)")):
+    curves = [(ax, gamma, ORANGE, "γ (inverse temperature)")]
+    if geometry.has_one_form:
+        curves = [(ax, lmbda, BLUE, "λ (weight of the 1-form)"), (ax.twinx(), *curves[0][1:])]
+    for axes, values, color, name in curves:
         known = np.isfinite(values)
         axes.plot(epochs[known], values[known], marker="." if known.sum() <= 60 else None, color=color)
         axes.set_ylabel(name, color=color)
@@ -194,7 +202,7 @@ def draw_examples(
         typical: Mapping[int, Neighbours], train: Pictures, val: Pictures, label_names: Sequence[str] | None,
 ) -> bool:
     """One row per validation image: the image, typical training images of the predicted class and of its rival, and
-    the distances to both prototypes with their two parts.
+    the distances to both prototypes, of a head with a 1-form with their two parts.
 
     Args:
         path: PNG file.
@@ -242,8 +250,9 @@ def draw_examples(
                           for (_, word, _), (r, f) in zip(sides, parts, strict=False)], longest)
         bars.set_title(f"{'right' if right else 'wrong'}, {100 * evaluation.confidence[position]:.1f} % sure",
                        fontsize=8, loc="left")
-    handles = [_swatch(BLUE, "Riemannian part √(vᵀΣv + ε)"), _swatch(ORANGE, "1-form part")]
-    figure.legend(handles=handles, loc="upper right", ncols=2, fontsize=8, frameon=False)
+    if distances.geometry().has_one_form:
+        handles = [_swatch(BLUE, "Riemannian part √(vᵀΣv + ε)"), _swatch(ORANGE, "1-form part")]
+        figure.legend(handles=handles, loc="upper right", ncols=2, fontsize=8, frameon=False)
     plots.save_figure(figure, path)
     return True
 
@@ -307,8 +316,8 @@ def _draw_bars(ax: "Axes", bars: Sequence[tuple[str, float, float]], longest: fl
         ax.barh(place, min(riemannian, total), color=BLUE, height=0.6)
         ax.barh(place, abs(form), left=min(riemannian, total), height=0.6, color=ORANGE,
                 **({"fill": False, "edgecolor": ORANGE, "hatch": "////"} if form < 0 else {}))
-        ax.text(max(total, riemannian) + 0.02 * longest, place, f"{total:#.3g} = {riemannian:#.3g} "
-                f"{'-' if form < 0 else '+'} {abs(form):.2g}", va="center", fontsize=7)
+        parts = f" = {riemannian:#.3g} {'-' if form < 0 else '+'} {abs(form):.2g}" if form else ""
+        ax.text(max(total, riemannian) + 0.02 * longest, place, f"{total:#.3g}{parts}", va="center", fontsize=7)
     ax.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     ax.set_ylim(1.5, -0.5)
     ax.set_xlim(0, 1.75 * longest)

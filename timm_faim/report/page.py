@@ -57,16 +57,18 @@ def write_report(
 
     if evaluation is not None:
         page.add_cards(evaluation)
-    if plots.draw_learning_curve(folder / "learning_curve.png", history):
+    curve = run_folder / "learning_curve.png"
+    if curve.is_file() or plots.draw_learning_curve(curve, history):
         page.add_section("Learning curves")
-        page.add_picture("learning_curve.png", f"Loss, top-1 accuracy and, where recorded, learning rates over "
+        page.add_picture(curve, f"Loss, top-1 accuracy and, where recorded, learning rates over "
                          f"the epochs. {_last_epoch(history)}",
                          "The training numbers are measured during the epoch, on augmented images.")
     if evaluation is not None and len(evaluation.index):
-        _add_evaluation(page, evaluation, label_names)
-        if val is not None and head_pictures.draw_pairs(folder / "confused_pairs.png", evaluation, val, label_names):
+        _add_evaluation(page, evaluation, label_names, run_folder / "eval")
+        pairs = folder / "confused_pairs.png"
+        if val is not None and head_pictures.draw_pairs(pairs, evaluation, val, label_names):
             page.add_section("Most confused pairs")
-            page.add_picture("confused_pairs.png", "Pairs of images of the classes that are confused most often.",
+            page.add_picture(pairs, "Pairs of images of the classes that are confused most often.",
                              "A red frame marks an image that was taken for the other class of its pair.")
     heads = faim_heads(model)
     if heads:
@@ -86,16 +88,21 @@ def _last_epoch(history: Sequence[Mapping[str, Any]]) -> str:
     return f"In the last epoch: {', '.join(words)}." if words else ""
 
 
-def _add_evaluation(page: "Page", evaluation: Evaluation, label_names: Sequence[str] | None) -> None:
+def _add_evaluation(
+        page: "Page", evaluation: Evaluation, label_names: Sequence[str] | None, drawn: Path,
+) -> None:
+    """The folder `drawn` is that of `write_evaluation`, which may hold the pictures already."""
     page.add_section("Confusion and calibration")
-    plots.draw_confusion(page.folder / "confusion.png", evaluation, label_names)
+    drawn = drawn if (drawn / "confusion.png").is_file() else page.folder
+    if drawn == page.folder:
+        plots.draw_confusion(drawn / "confusion.png", evaluation, label_names)
+        plots.draw_calibration(drawn / "calibration.png", evaluation)
     shown = len(plots.shown_classes(evaluation))
     page.add_picture(
-        "confusion.png", f"Confusion matrix of {shown} of {evaluation.num_classes} classes; "
+        drawn / "confusion.png", f"Confusion matrix of {shown} of {evaluation.num_classes} classes; "
         f"{evaluation.metrics()['top1']:.2f} % of all images lie on the diagonal.",
         "Rows are true classes, columns predictions; the colours follow the square root so that rare confusions show.")
-    plots.draw_calibration(page.folder / "calibration.png", evaluation)
-    page.add_picture("calibration.png", "Reliability diagram; expected calibration error "
+    page.add_picture(drawn / "calibration.png", "Reliability diagram; expected calibration error "
                      f"{evaluation.ece():.2f} % over 15 bins.",
                      "Bars below the diagonal: surer than right. Bars above it: righter than sure.")
     weakest = evaluation.weakest_classes(10)
@@ -143,13 +150,16 @@ def _add_heads(
             shares = (100 * form / (riemannian + form)).numpy()
         rows.append(_head_row(name, head, geometry, shares))
         suffix = f"_{name}" if len(heads) > 1 else ""
-        file = f"head{number if len(heads) > 1 else ''}.png"
-        if head_pictures.draw_head(page.folder / file, geometry, history, suffix, shares):
-            share = "unknown" if shares is None else f"{shares.mean():.2f} % on average"
-            page.add_picture(file, f"Head {name}: λ = {geometry.lmbda:.4g}, γ = {geometry.gamma:.4g}; share of the "
-                             f"1-form in the distance {share}.", f"Head <code>{html.escape(name)}</code>.")
-    page.add_table("Heads", ["head", "features", "classes", "metric", "λ", "γ", "condition of Σ", "λ √(βᵀΣ⁻¹β)",
-                             "1-form's share of the distance"], rows)
+        file = page.folder / f"head{number if len(heads) > 1 else ''}.png"
+        if head_pictures.draw_head(file, geometry, history, suffix, shares):
+            share = "" if shares is None or not geometry.has_one_form else (
+                f"; share of the 1-form in the distance {shares.mean():.2f} % on average")
+            page.add_picture(file, f"Head {name}: λ = {geometry.lmbda:.4g}, γ = {geometry.gamma:.4g}{share}.",
+                             f"Head <code>{html.escape(name)}</code>.")
+    columns = ["head", "features", "classes", "metric", "γ", "condition of Σ"]
+    if any(row[6] != "0" for row in rows):
+        columns += ["λ", "λ √(βᵀΣ⁻¹β)", "1-form's share of the distance"]
+    page.add_table("Heads", columns, [row[:len(columns)] for row in rows])
 
     reached = [name for name in heads if name in seen.features]
     if train is None or not reached:
@@ -163,23 +173,24 @@ def _add_heads(
     pool = head_pictures.choose_pool(train.targets(), len(train), classes)
     features, labels = head_features(model, train, pool)
     typical = head_pictures.typical_images(distances, features.get(name), pool, labels, classes)
+    picture = page.folder / "prototypes.png"
     if head_pictures.draw_examples(
-            page.folder / "prototypes.png", shown, evaluation, distances, typical, train, val, label_names):
+            picture, shown, evaluation, distances, typical, train, val, label_names):
         wrong = int((~evaluation.correct[examples]).sum())
         page.add_section("Predictions and their prototypes")
         page.add_picture(
-            "prototypes.png", f"{len(examples)} validation images, {wrong} of them predicted wrongly, beside typical "
+            picture, f"{len(examples)} validation images, {wrong} of them predicted wrongly, beside typical "
             "training images of the classes and the distances to their prototypes.",
             f"Left the validation image under its true class. Then, of {len(pool)} training images, those of the "
             "predicted class that lie nearest to its prototype, and those of the true class where the prediction is "
             "wrong, else of the next best class; below each its distance. Right the image's own distance to both "
-            "prototypes in its two parts"
+            "prototypes" + " in its two parts" * distances.geometry().has_one_form
             + (f", in head <code>{html.escape(name)}</code>." if len(heads) > 1 else "."))
 
 
 def _head_row(name: str, head: FAIMHead, geometry: Geometry, shares: np.ndarray | None) -> list[str]:
-    return [name or "(model)", str(head.in_features), str(head.num_classes), head.kind, f"{geometry.lmbda:.4g}",
-            f"{geometry.gamma:.4g}", f"{geometry.condition:.3g}", f"{geometry.strongest:.3g}",
+    return [name or "(model)", str(head.in_features), str(head.num_classes), head.kind, f"{geometry.gamma:.4g}",
+            f"{geometry.condition:.3g}", f"{geometry.lmbda:.4g}", f"{geometry.strongest:.3g}",
             "–" if shares is None else f"{shares.mean():.2f} %"]
 
 
@@ -206,9 +217,9 @@ class Page:
             f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in cards
         ) + "</div>")
 
-    def add_picture(self, name: str, alt: str, caption: str = "") -> None:
-        """A PNG of the report folder, embedded."""
-        data = base64.b64encode((self.folder / name).read_bytes()).decode("ascii")
+    def add_picture(self, path: Path, alt: str, caption: str = "") -> None:
+        """A PNG, embedded."""
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
         caption = f"<figcaption>{caption}</figcaption>" if caption else ""
         self.body.append(f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alt.strip())}">'
                          f"{caption}</figure>")
