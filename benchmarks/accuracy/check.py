@@ -19,7 +19,7 @@ def main() -> None:
     x = torch.randn(C, D)[y] + torch.randn(N, D) @ mix + 2.0
     new = torch.randn(64, D) @ mix + 2.0
 
-    head = FAIMHead(D, C, lmbda, full_sigma=True, space="indicatrix").eval()
+    head = FAIMHead(D, C, lambda_init=lmbda, margin=0.0).eval()
     fit_(head, [(x, y)], shrinkage)
     support = closed_form.Support(x[None], y, C)
     rotated = (new - support.centre_D) @ support.V_DD

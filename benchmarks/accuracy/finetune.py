@@ -180,9 +180,8 @@ class Run:
         crops = [self.features(self.pixels)]
         crops += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
         seen, labels = torch.cat(crops), self.labels.repeat(len(crops))
-        options = {"space": "indicatrix", "scale_init": 16.0}
         for name, full, lmbda in (("refit", True, 0.0), ("refit_beta", True, 0.3), ("refit_identity", False, 0.0)):
-            head = timm_faim.FAIMHead(x.shape[1], self.classes, lmbda, full_sigma=full, **options).to(self.device)
+            head = timm_faim.FAIMHead(x.shape[1], self.classes, lambda_init=lmbda, full_sigma=full).to(self.device)
             timm_faim.fit_(head, [(seen, labels)], shrinkage=0.3 if full else 1.0)
             result |= percent(name + "_", head.eval()(x), y)
         result["seconds"] = round(time.time() - self.began, 1)

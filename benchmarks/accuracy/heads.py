@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead
+from timm_faim import PRESETS, FAIMHead
 
 Ranges = dict[str, tuple[float, float, str]]  # option -> (low, high, 'log' or 'linear')
 
@@ -165,10 +165,9 @@ def _cosine(kind: str, sub_centres: int = 1) -> Callable[..., nn.Module]:
 
 def _faim(**fixed) -> Callable[..., nn.Module]:
     """FAIMHead under the names of options that the peers use."""
-    return lambda D, C, scale=16.0, margin=0.0: FAIMHead(D, C, scale_init=scale, margin=margin, **fixed)
+    return lambda D, C, scale=16.0, margin=0.0: FAIMHead(D, C, **fixed | {"scale_init": scale, "margin": margin})
 
 
-_INDICATRIX = dict(space="indicatrix", learn_metric=False)
 _SCALE = {"scale": (8.0, 64.0, "log")}
 _DISTANCE_SCALE = {"scale": (4.0, 32.0, "log")}
 _MARGINS = {"margin": (0.0, 0.5, "linear")}
@@ -183,11 +182,9 @@ METHODS: dict[str, tuple[Callable[..., nn.Module], Ranges]] = {
     "subcentre_arcface": (_cosine("arcface", 3), _SCALE | _MARGINS),
     "euclidean": (EuclideanPrototypes, {"scale": (4.0, 64.0, "log"), "margin": (0.0, 0.5, "linear")}),
     "isomax_plus": (IsoMaxPlus, {"scale": (4.0, 40.0, "log")}),
-    "faim_mahalanobis": (_faim(lambda_init=0.0, full_sigma=False), _DISTANCE_SCALE | _MARGINS),
-    "faim_sphere": (
-        _faim(lambda_init=0.0, full_sigma=False, space="sphere"), _DISTANCE_SCALE | _MARGINS
-    ),
-    "faim_indicatrix": (_faim(lambda_init=0.0, full_sigma=True, **_INDICATRIX), _DISTANCE_SCALE | _MARGINS),
-    "faim_indicatrix_eye": (_faim(lambda_init=0.0, full_sigma=False, **_INDICATRIX), _DISTANCE_SCALE | _MARGINS),
-    "faim_indicatrix_beta": (_faim(lambda_init=0.1, full_sigma=True, **_INDICATRIX), _DISTANCE_SCALE | _MARGINS),
+    "faim_mahalanobis": (_faim(**PRESETS["flat"] | {"lambda_init": 0.0}), _DISTANCE_SCALE | _MARGINS),
+    "faim_sphere": (_faim(space="sphere"), _DISTANCE_SCALE | _MARGINS),
+    "faim_indicatrix": (_faim(), _DISTANCE_SCALE | _MARGINS),
+    "faim_indicatrix_eye": (_faim(full_sigma=False), _DISTANCE_SCALE | _MARGINS),
+    "faim_indicatrix_beta": (_faim(lambda_init=0.1), _DISTANCE_SCALE | _MARGINS),
 }

@@ -26,7 +26,7 @@ from tables import interval
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_faim import FAIMHead
+from timm_faim import PRESETS, FAIMHead
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
@@ -74,7 +74,7 @@ def run(name: str, data: FrozenFeatures, seed: int, settings: dict[str, dict], a
         x = whole.transform("linear", data.val_ND)
         for head_name, head in (("faim closed form", whole.full), ("faim closed form, Σ = I", whole.eye)):
             add(head_name, head.eval()(x))
-        plain = FAIMHead(x.shape[1], len(known), 0.0, full_sigma=True)
+        plain = FAIMHead(x.shape[1], len(known), **PRESETS["flat"] | {"lambda_init": 0.0, "full_sigma": True})
         plain.metric.L.copy_(whole.full.whiten)
         plain.mu.copy_(torch.zeros_like(plain.mu).index_add_(0, whole.y, whole.x) / whole.y.bincount()[:, None])
         add("faim closed form, not normalised", plain.eval()(x))

@@ -65,10 +65,9 @@ class TrainingSet:
         x = x - mean_D
         rms = x.square().mean().sqrt()
         x = x / rms
-        options = dict(space="indicatrix", learn_metric=False)
         D = x.shape[1]
-        full = fit_(FAIMHead(D, num_classes, 0.0, full_sigma=True, **options), [(x, y)], SHRINKAGE)
-        eye = fit_(FAIMHead(D, num_classes, 0.0, **options), [(x, y)], 1.0)
+        full = fit_(FAIMHead(D, num_classes), [(x, y)], SHRINKAGE)
+        eye = fit_(FAIMHead(D, num_classes, full_sigma=False), [(x, y)], 1.0)
         return cls(x, y, num_classes, mean_D, rms, full, eye, (x @ full.whiten).detach())
 
     def inputs(self, method: str) -> Tensor:
@@ -105,8 +104,8 @@ def uses_frame(method: str) -> bool:
 def in_frame(head: FAIMHead, learn_one_form: bool, scale: float, margin: float, lmbda: float = 0.1) -> FAIMHead:
     """The indicatrix head of features in the orthonormal frame of ``head``, with Σ = I there; β learned or λ = 0."""
     D, C = head.in_features, head.num_classes
-    options = dict(space="indicatrix", learn_metric=learn_one_form)
-    moved = FAIMHead(D, C, lmbda if learn_one_form else 0.0, scale, margin=margin, **options)
+    options = dict(full_sigma=False, learn_metric=learn_one_form, lambda_init=lmbda if learn_one_form else 0.0)
+    moved = FAIMHead(D, C, scale_init=scale, margin=margin, **options)
     moved.whiten.requires_grad_(False)
     moved.metric.beta.copy_(head.metric.beta)
     moved.center.copy_(head.center @ head.whiten)
