@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_COMPILES_NODES = torch.__version__ >= (2, 11)  # 2.6 fails on them where a size is not fixed; between, nobody tried
+
 
 def without_autocast(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     """``function(x, *args)`` with autocast off for the device of x."""
@@ -31,5 +33,5 @@ def needs_plain_ops(compiled: bool = True) -> bool:
     """Whether only differentiable PyTorch operations will do: for export, the transforms of torch.func (grad, vmap,
     jvp, ...), forward-mode differentiation and, with ``compiled``, torch.compile."""
     if torch.compiler.is_compiling():  # export traces by itself, without dynamo
-        return compiled or not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling()
+        return compiled or not (_COMPILES_NODES and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling())
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
