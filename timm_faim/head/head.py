@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from timm_faim.metric import (
     FAIMMetric,
+    FillsMissing,
     absolute,
     checked_count,
     checked_number,
     cosine_logits,
+    traced_call,
     unit_vectors,
     without_autocast,
 )
@@ -35,7 +37,7 @@ def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
     return logits.scatter_add(-1, target.clamp_min(0).unsqueeze(-1), -amounts.unsqueeze(-1))
 
 
-class FAIMHead(nn.Module):
+class FAIMHead(FillsMissing, nn.Module):
     """A classifier by Finsler distance to learned class prototypes, in one of three spaces.
 
         logits_k = -γ d_F(x, μ_k) [+ prior_k]
@@ -145,10 +147,9 @@ class FAIMHead(nn.Module):
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
         nn.init.normal_(self.mu, std=1.0 if self.is_flat else 1.0 / math.sqrt(D))
         if not self.is_flat:
-            self.metric.reset_parameters()
-            nn.init.constant_(self.metric.log_sigma_diag, log_of_identity(self.metric.eps))
+            self.metric.start_at(math.exp(log_of_identity(self.metric.eps)), beta_std=1.0 / math.sqrt(D))
         elif self.init == "seed":
-            self.metric.reset_parameters(beta_std=1.0)
+            self.metric.start_at(beta_std=1.0)
         else:
             self.metric.reset_to_unit_distance(2.0 * D)
 
@@ -159,6 +160,12 @@ class FAIMHead(nn.Module):
         words = ["Σ = I" if self.space == "sphere" else "full Σ" if self.full_sigma else "diagonal Σ"]
         words += ["Randers"] * (not self.metric.symmetric) + [f"on the {self.space}"] * (not self.is_flat)
         return ", ".join(words + ["class prior"] * (self.prior is not None))
+
+    @property
+    @torch.jit.unused
+    def out_features(self) -> int:
+        """C, by the name that a linear classifier has for it."""
+        return self.num_classes
 
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (off ``"flat"``: any)."""
@@ -181,7 +188,8 @@ class FAIMHead(nn.Module):
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
         """
         if not torch.jit.is_scripting():
-            return without_autocast(self._forward, x, target)
+            node = traced_call(self, x, target)
+            return without_autocast(self._forward, x, target) if node is None else node
         return self._forward(x, target)
 
     def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:
@@ -203,7 +211,7 @@ class FAIMHead(nn.Module):
         """-γ d_F(x, μ_k) [..., C]."""
         z = self._framed(x)
         if not self.cosine:
-            return self.metric.scaled_distance(self.project(z), self.project(self.mu), -self.gamma())
+            return self.metric(self.project(z), self.project(self.mu), -self.gamma())
         z = z.to(torch.promote_types(torch.promote_types(z.dtype, self.mu.dtype), torch.float32))
         flat = z.reshape(-1, self.in_features)
         logits = cosine_logits(flat, self.mu.to(z.dtype), self.gamma().to(z.dtype), self.metric.eps)
@@ -243,7 +251,7 @@ class FAIMHead(nn.Module):
         if self.cosine:
             return unit_vectors(v)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
-        return v / self.metric.norm(v).unsqueeze(-1)
+        return v / self.metric(v).unsqueeze(-1)
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def without_autocast(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
@@ -27,11 +28,13 @@ def backward_without_autocast(backward: Callable) -> Callable:
     return run
 
 
-def needs_plain_ops() -> bool:
-    """Whether only differentiable PyTorch operations will do: under torch.compile and export, the transforms of
-    torch.func (grad, vmap, jvp, ...) and forward-mode differentiation."""
+def needs_plain_ops(*tensors: Tensor) -> bool:
+    """Whether only differentiable PyTorch operations will do: under torch.compile, export and torch.jit.trace, the
+    transforms of torch.func (grad, vmap, jvp, ...), forward-mode differentiation, and for DTensors and other kinds."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -19,6 +19,7 @@ from timm_faim.metric import FAIMMetric
 from .attach import reduce_by_base, subclass
 from .config import PREFIX, block_options
 
+_OF_NO_PLACE = ("features_only", "out_indices", "feature_cls", "device", "dtype")  # arguments that move no block
 _ROWS = (nn.Sequential, nn.ModuleList)
 _NORM = re.compile("(Batch|Group|Layer|Rms|Simple)Norm")  # of torch and timm
 _FIRST = re.compile("2d|BatchNorm")  # those with features at dimension 1
@@ -30,9 +31,8 @@ class ChartedMixin:
     name_prefix = "Charted"
 
     def forward(self, x, *args, **kwargs):
-        chart = self.faim_chart
-        p, frame = chart.base_point(x), chart.frame(x)
-        return chart.exp(super().forward(chart.log(x, p, frame), *args, **kwargs), p, frame)
+        w, p, frame = self.faim_chart(x)
+        return self.faim_chart(super().forward(w, *args, **kwargs), p, frame)
 
     def __reduce_ex__(self, protocol):
         return reduce_by_base(self)
@@ -98,7 +98,7 @@ def block_places(arch: str, arguments: Mapping[str, Any]) -> list[Place]:
         arch: timm's name.
         arguments: what the model is to be made with (``img_size``, ``in_chans``, ...).
     """
-    arguments = {key: value for key, value in arguments.items() if key not in ("features_only", "out_indices")}
+    arguments = {key: value for key, value in arguments.items() if key not in _OF_NO_PLACE}
     with torch.device("meta"):
         model = model_entrypoint(arch)(pretrained=False, **arguments).eval()
     calls = {name: _Calls(block) for name, block in _candidates(model).items()}

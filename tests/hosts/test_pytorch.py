@@ -1,0 +1,396 @@
+"""What people do with any PyTorch model."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from habits import cases, close, heads, listed, parity, step
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+
+def written(thing, **options):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+def tensors(model):
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def state_dict_by_file(case):
+    model, other = case.make(), case.make()
+    other.load_state_dict(written(model.state_dict(), weights_only=True))
+    case.same(other, model)
+
+
+def whole_model_by_file(case):
+    model = case.make()
+    case.same(written(model, weights_only=False), model)
+
+
+def pickled(case):
+    model = case.make()
+    case.same(pickle.loads(pickle.dumps(model)), model)
+
+
+def deepcopied(case):
+    model = case.make()
+    copied = copy.deepcopy(model)
+    case.same(copied, model)
+    step(copied, case.x())
+
+
+def safetensors_of_a_model(case):
+    import tempfile
+
+    from safetensors.torch import load_model, save_model
+    model, other = case.make(), case.make()
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        save_model(model, file.name)
+        assert load_model(other, file.name) == (set(), [])
+    case.same(other, model)
+
+
+def empty_then_loaded(case):
+    model = case.make()
+    with torch.device("meta"):
+        other = case.make()
+    other.to_empty(device="cpu")
+    for module in other.modules():  # timm's convention for buffers that no file holds
+        getattr(module, "init_non_persistent_buffers", lambda: None)()
+    other.load_state_dict(model.state_dict())
+    for module in other.modules():
+        getattr(module, "init_non_persistent_buffers", lambda: None)()
+    case.same(other, model)
+
+
+def meta_assigned_then_moved(case):
+    model = case.make()
+    with torch.device("meta"):
+        other = case.make()
+    other.load_state_dict(model.state_dict(), assign=True)
+    for module in other.modules():
+        getattr(module, "init_non_persistent_buffers", lambda: None)()
+    if any(buffer.is_meta for buffer in other.buffers()):
+        raise NotImplementedError("timm's own buffers")
+    case.same(other.to("cpu"), model)
+
+
+def meta_then_reset_module_by_module(case):
+    with torch.device("meta"):
+        model = case.make()
+    for order in (list(model.modules()), list(model.modules())[::-1]):
+        for module in order:
+            if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    tensor.data.fill_(99)
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        for name, head in heads(model):
+            assert all(tensor.abs().max() < 98 for tensor in tensors(head).values()), name
+            if case.form is not None:
+                fresh = dict(head_like(head).metric.named_parameters())
+                for key in ("log_sigma_diag", "L", "lmbda"):
+                    if key in fresh:
+                        close(dict(head.metric.named_parameters())[key], fresh[key])
+
+
+def head_like(head):
+    from timm_faim import FAIMHead
+    return FAIMHead(head.in_features, head.num_classes, space=head.space, full_sigma=head.full_sigma, init=head.init,
+                    lambda_init=head.metric.lambda_init, symmetric=head.metric.symmetric)
+
+
+def bfloat16(case):
+    assert case.make().to(torch.bfloat16)(case.x().bfloat16()).dtype == torch.bfloat16
+
+
+def float64(case):
+    model = case.make()
+    close(copy.deepcopy(model).double()(case.x().double()).float(), model(case.x()))
+
+
+def channels_last(case):
+    model = case.make()
+    close(copy.deepcopy(model).to(memory_format=torch.channels_last)(case.x()), model(case.x()))
+
+
+def autocast(case):
+    model = case.make()
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+    step(model, case.x(), forward)
+
+
+def inference_mode(case):
+    with torch.inference_mode():
+        assert case.make()(case.x()).is_inference()
+
+
+def default_dtype_float64(case):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert case.make()(case.x().double()).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def no_images(case):
+    assert case.make()(case.x()[:0]).shape[0] == 0
+
+
+def compiled(case):
+    torch._dynamo.reset()
+    model = case.make()
+    case.same(torch.compile(model, backend="aot_eager", fullgraph=True), model)
+    step(model, case.x(), torch.compile(model, backend="aot_eager"))
+
+
+def exported_and_written(case):
+    model = case.make()
+    program = torch.export.export(model, (case.x(),), dynamic_shapes=({0: torch.export.Dim("B", min=2, max=64)},))
+    file = io.BytesIO()
+    torch.export.save(program.run_decompositions(), file)
+    file.seek(0)
+    case.same(torch.export.load(file).module(), model, count=3)
+
+
+def traced(case):
+    model = case.make()
+    case.same(torch.jit.trace(model, case.x()), model)
+
+
+def symbolically_traced(case):
+    model = case.make()
+    case.same(torch.fx.symbolic_trace(model), model)
+
+
+def torchvision_extractor(case):
+    model = case.make()
+    names = get_graph_node_names(model)[1]
+    last = heads(model)[0][0]
+    assert last in names
+    net = create_feature_extractor(model, [last])
+    assert torch.isfinite(net(case.x())[last]).all()
+    step(net, case.x(), lambda x: net(x)[last].flatten(1))
+    copy.deepcopy(net)
+
+
+def called_with_parameters(case):
+    model = case.make()
+    state = {name: t.clone() for name, t in tensors(model).items()}
+    case.same(lambda x: functional_call(model, state, (x,)), model)
+
+
+def loss_of(model):
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters, x):
+        return functional_call(model, (parameters, buffers), (x,)).square().mean()
+    return loss
+
+
+def functional_gradients(case):
+    model = case.make()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    got = grad(loss_of(model))(parameters, case.x())
+    model(case.x()).square().mean().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            close(got[name], p.grad, 1e-2)
+
+
+def gradients_of_each_image(case):
+    model = case.make()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    each = vmap(grad(lambda p, x: loss_of(model)(p, x[None])), (None, 0))(parameters, case.x())
+    one = grad(loss_of(model))(parameters, case.x()[1:])
+    for name, value in one.items():
+        close(each[name][1], value, 1e-2)
+
+
+def forward_derivatives(case):
+    model = case.make()
+    x = case.x()
+    _, out = jvp(model, (x,), (torch.ones_like(x),))
+    assert torch.isfinite(out).all()
+
+
+def forward_derivatives_by_dual_numbers(case):
+    model, x = case.make(), case.x()
+    with torch.autograd.forward_ad.dual_level():
+        out = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.isfinite(torch.autograd.forward_ad.unpack_dual(out).tangent).all()
+
+
+def jacobian(case):
+    assert jacrev(case.make())(case.x(1)).shape[:2] == (1, 5)
+
+
+def ensemble(case):
+    models = [case.make() for _ in range(2)]
+    parameters, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    outputs = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)), (0, 0, None))(parameters, buffers, case.x())
+    close(outputs[1], models[1](case.x()))
+
+
+def second_derivatives(case):
+    model, x = case.make(), case.x().requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    first.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def checkpointed(case):
+    model = case.make()
+    step(model, case.x(), lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False))
+
+
+def hooks_on_every_module(case):
+    model, called = case.make(), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, out, name=name: called.add(name))
+    model(case.x())
+    assert {name for name, _ in heads(model)} <= called
+
+
+def backward_hooks_on_every_module(case):
+    model = case.make()
+    for module in model.modules():
+        module.register_full_backward_hook(lambda m, grad_in, grad_out: None)
+    step(model, case.x())
+
+
+def stochastic_averages(case):
+    model = case.make()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    case.same(average.module, model)
+
+
+def parameters_of_each_module_only_in_its_forward(case):
+    """Offloading and sharding give a module its parameters just before its ``forward`` and take them back after."""
+    model = case.make()
+    wanted = model(case.x())
+    for module in model.modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        buffers = {name: b for name, b in module._buffers.items() if b is not None}
+        if own or buffers:
+            lend(module, own, buffers)
+    close(model(case.x()), wanted)
+
+
+def lend(module, own, buffers):
+    def take():
+        module._parameters.update({name: nn.Parameter(p.to("meta"), p.requires_grad) for name, p in own.items()})
+        module._buffers.update({name: b.to("meta") for name, b in buffers.items()})
+
+    def give(*_):
+        module._parameters.update(own)
+        module._buffers.update(buffers)
+    module.register_forward_pre_hook(give)
+    module.register_forward_hook(lambda *_: take())
+    take()
+
+
+def replicas(case):
+    """What nn.DataParallel makes of a model: shallow copies whose parameters are plain tensors."""
+    model = case.make()
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for key, child in module._modules.items():
+            setattr(twin, key, None if child is None else copies[child])
+        for key, parameter in module._parameters.items():
+            setattr(twin, key, None if parameter is None else parameter * 1.0)
+        for key, buffer in module._buffers.items():
+            setattr(twin, key, None if buffer is None else buffer.clone())
+    for module in model.modules():  # the originals are elsewhere
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(parameter.detach().to("meta"))
+    wanted = case.make()
+    wanted.load_state_dict({name: t for name, t in dict(state_of(copies[model])).items()}, strict=False)
+    case.same(copies[model], wanted)
+
+
+def state_of(replica, prefix=""):
+    for key, value in vars(replica).items():
+        if isinstance(value, torch.Tensor):
+            yield prefix + key, value.detach()
+    for key, buffer in replica._buffers.items():
+        if buffer is not None:
+            yield prefix + key, buffer
+    for key, child in replica._modules.items():
+        if child is not None:
+            yield from state_of(child, f"{prefix}{key}.")
+
+
+def shared_memory(case):
+    assert case.make().share_memory()(case.x()).shape == (2, 5)
+
+
+def pruned(case):
+    from torch.nn.utils import prune
+    model = case.make()
+    for module in model.modules():
+        for name in ("weight", "mu"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                prune.l1_unstructured(module, name, amount=0.3)
+    step(model, case.x())
+
+
+def as_one_vector(case):
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
+    model = case.make()
+    wanted = model(case.x())
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+    case.same(model, wanted)
+
+
+def counted_operations(case):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        case.make()(case.x())
+    assert counter.get_total_flops() > 0
+
+
+def synchronised_norms(case):
+    nn.SyncBatchNorm.convert_sync_batchnorm(case.make())(case.x())
+
+
+def adapters_by_subclass(case):
+    """Low-rank adapters and quantisers put other layers in the place of linear ones."""
+    model = case.make()
+    wanted = model(case.x())
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Wrapped(child))
+    case.same(model, wanted)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+HABITS = listed(globals(), __name__)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
+def test_habit(habit, case):
+    parity(habit, case)
