@@ -86,7 +86,7 @@ def step(model: nn.Module, x: Tensor, forward: Optional[Callable] = None) -> Non
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     model.train()
-    out = (forward or model)(x)
+    out = (model if forward is None else forward)(x)
     out = out if isinstance(out, Tensor) else out[0]
     nn.functional.cross_entropy(out.float(), torch.arange(len(x)) % out.shape[1]).backward()
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -115,8 +115,16 @@ def cases(habits: dict[str, Callable], each: int = 1) -> list[Any]:
     return found
 
 
-def parity(habit: Callable, case: Case, folder: Optional[Path] = None) -> None:
-    """What the plain architecture does the faim one does."""
+def parity(habit: Callable, case: Case, limits: dict[tuple[str, str], str], folder: Optional[Path] = None) -> None:
+    """What the plain architecture does the faim one does; a documented limit fails here once it is gone.
+
+    Args:
+        limits: why a habit fails, by its name and the form.
+    """
+    if (habit.__name__, case.form) in limits:
+        with pytest.raises(Exception):  # noqa: B017  of whatever kind
+            habit(case, *([] if folder is None else [folder]))
+        return
     folders = [] if folder is None else [folder / "ours", folder / "theirs"]
     for made in folders:
         made.mkdir()

@@ -109,6 +109,6 @@ HABITS = listed(globals(), __name__, ("case", "folder"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("habit", "case"), cases(HABITS, each=2))
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
 def test_habit(habit, case, tmp_path):
-    parity(habit, case, tmp_path)
+    parity(habit, case, {}, tmp_path)

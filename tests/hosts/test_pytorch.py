@@ -388,9 +388,10 @@ class Wrapped(nn.Module):
 
 
 HABITS = listed(globals(), __name__)
+LIMITS: dict[tuple[str, str], str] = {}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("habit", "case"), cases(HABITS))
 def test_habit(habit, case):
-    parity(habit, case)
+    parity(habit, case, LIMITS)

@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from habits import CLASSES, cases, close, heads, listed, parity, step
+from habits import CLASSES, FORMS, cases, close, heads, listed, parity, step
 from timm.models import FeatureGraphNet, GraphExtractNet
 from torch import nn
 
@@ -33,24 +33,30 @@ def intermediates(case):
     assert inner and torch.isfinite(last).all()
 
 
+def features(case, **options):
+    model = case.make(features_only=True, **options)
+    assert len(model(case.x())) > 0
+    assert case.form != "blocks" or any("faim_chart" in name for name, _ in model.named_parameters())
+
+
 def features_only(case):
-    assert len(case.make(features_only=True, num_classes=0)(case.x())) > 0
+    features(case, num_classes=0)
 
 
 def features_only_by_hooks(case):
-    case.make(features_only=True, feature_cls="hook")(case.x())
+    features(case, feature_cls="hook")
 
 
 def features_only_getter(case):
-    case.make(features_only=True, feature_cls="getter")(case.x())
+    features(case, feature_cls="getter")
 
 
 def features_only_dictionary(case):
-    case.make(features_only=True, feature_cls="dict")(case.x())
+    features(case, feature_cls="dict")
 
 
 def features_only_by_graph(case):
-    case.make(features_only=True, feature_cls="fx")(case.x())
+    features(case, feature_cls="fx")
 
 
 def graph_extractor(case):
@@ -176,6 +182,13 @@ def data_config(case):
     assert timm.data.create_transform(**config) is not None
 
 
+def classifier_by_the_name_of_its_weight(case):
+    model = case.make()
+    name = model.default_cfg["classifier"]
+    name = name if isinstance(name, str) else name[0]
+    assert f"{name}.weight" in model.state_dict()
+
+
 def widths_of_the_classifier(case):
     for _, head in heads(case.make()):
         names = ("in_features", "out_features") if hasattr(head, "in_features") else ("in_channels", "out_channels")
@@ -183,9 +196,14 @@ def widths_of_the_classifier(case):
 
 
 HABITS = listed(globals(), __name__)
+LIMITS = {
+    ("made_scriptable", "blocks"): "TorchScript has no type for a chart, which goes both ways",
+    ("features_only_by_graph", "blocks"): "the graph is traced before blocks are put in",
+    **{("classifier_by_the_name_of_its_weight", form): "its weights are called mu" for form in FORMS},
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize(("habit", "case"), cases(HABITS))
 def test_habit(habit, case):
-    parity(habit, case)
+    parity(habit, case, LIMITS)

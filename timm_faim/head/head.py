@@ -72,7 +72,7 @@ class FAIMHead(FillsMissing, nn.Module):
         eps: ε of the metric.
 
     Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; on the indicatrix also
-    ``whiten`` (A, [D, D] or its diagonal [D]) and a buffer ``center`` (c, [D]). Off ``"flat"`` the Σ of ``metric`` is
+    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient). Off ``"flat"`` the Σ of ``metric`` is
     the identity for good. γ and λ act as absolute values, so that no optimizer step makes them negative in effect.
     State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly into flat
     heads, and those of heads on the indicatrix from before there was a frame are moved into it.
@@ -128,7 +128,9 @@ class FAIMHead(FillsMissing, nn.Module):
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
         self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
         framed = space == "indicatrix"
-        self.register_buffer("center", torch.empty(in_features, **factory) if framed else None)
+        # no buffer: what opens a model in parts may leave buffers as they start
+        center = nn.Parameter(torch.empty(in_features, **factory), requires_grad=False) if framed else None
+        self.register_parameter("center", center)
         shape = (in_features,) * (2 if full_sigma else 1)
         whiten = nn.Parameter(torch.empty(shape, **factory), requires_grad=learn_metric) if framed else None
         self.register_parameter("whiten", whiten)

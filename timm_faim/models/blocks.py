@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from timm.models import get_model_input_config, model_entrypoint
+from timm.models import FeatureGraphNet, get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_faim.block import FAIMChart
@@ -65,6 +65,9 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
     count = faim_cfg["blocks"]
     if count == 0:
         return model
+    if isinstance(model, FeatureGraphNet):
+        raise ValueError(f"faim_cfg blocks={count}: features_only with feature_cls='fx' takes a model apart before blocks "
+                         "are put in; give another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
     if hasattr(model, "faim_cfg"):  # a converted head's
         model.faim_cfg.update((key, faim_cfg[key]) for key in block_options())
     places = block_places(arch, arguments)
