@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import timm_faim  # noqa: F401  registers the names
 
+SHARED = dict(blocks=2, block_shared=True)
 FORMS = {
     "default": {},
     "founding": dict(preset="founding"),
@@ -27,7 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "test_convnext": {},
     "test_efficientnet": {},
-    "deit_tiny_distilled_patch16_224": dict(img_size=32, depth=2, embed_dim=48),
+    "deit_tiny_distilled_patch16_224": dict(img_size=32, depth=4, embed_dim=48),
     "lcnet_035": {},
     "swin_tiny_patch4_window7_224": dict(img_size=32, window_size=2, embed_dim=24, depths=(1, 1, 2, 1),
                                          num_heads=(1, 2, 2, 4)),
@@ -54,7 +55,7 @@ class Case:
 
     def arguments(self) -> dict[str, Any]:
         given = {"num_classes": CLASSES, **ARCHITECTURES.get(self.arch, {})}
-        return given if self.form is None else given | {"faim_cfg": FORMS[self.form]}
+        return given if self.form is None else given | {"faim_cfg": FORMS.get(self.form, SHARED)}
 
     def make(self, **arguments: Any) -> nn.Module:
         """A model in eval mode; its charts, which start as the identity, bend."""
@@ -102,14 +103,20 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
-def cases(habits: dict[str, Callable], each: int = 1) -> list[Any]:
-    """Every habit in every form, on ``each`` architectures in turn; the others are slow."""
+def cases(habits: dict[str, Callable], heavy: tuple[str, ...] = ()) -> list[Any]:
+    """Every habit in every form, on one architecture in turn; the others are slow.
+
+    Args:
+        heavy: habits that take seconds: not slow in two forms, on an architecture that is soon compiled.
+    """
     names, found = list(ARCHITECTURES), []
     for i, habit in enumerate(habits.values()):
         for j, form in enumerate(FORMS):
             fit = [arch for arch in names if not (form == "blocks" and arch in WITHOUT_PLACES)]
             for k, arch in enumerate(fit):
-                fast = (k - i - 3 * j) % len(fit) < each
+                fast = (k - i - 3 * j) % len(fit) == 0
+                if habit.__name__ in heavy:
+                    fast = arch == "test_resnet" and form in ("default", "blocks")
                 found.append(pytest.param(habit, Case(arch, form), id=f"{habit.__name__}-{form}-{arch}",
                                           marks=() if fast else pytest.mark.slow))
     return found

@@ -42,10 +42,9 @@ def empty_then_loaded_to_disk(case, folder):
     model = case.make()
     with init_empty_weights():
         other = case.make()
-    names = [name for name, module in other.named_children()]
-    device_map = {name: "disk" for name in names}
-    device_map |= {name: "cpu" for name, p in other.named_parameters(recurse=False)}
-    device_map |= {name: "cpu" for name, b in other.named_buffers(recurse=False)}
+    device_map = {name: "disk" for name, _ in other.named_children()}
+    device_map |= {name: "cpu" for name, _ in other.named_parameters(recurse=False)}
+    device_map |= {name: "cpu" for name, _ in other.named_buffers(recurse=False)}
     loaded = load_and_dispatch(other, saved(case, folder, model), device_map=device_map, offload_folder=folder / "off")
     case.same(loaded, model)
 
@@ -68,8 +67,8 @@ def offloaded_to_disk(case, folder):
 def dispatched_by_part(case, folder):
     model = case.make()
     device_map = {name: "cpu" for name, _ in model.named_children()}
-    device_map |= {name: "cpu" for name, p in model.named_parameters(recurse=False)}
-    device_map |= {name: "cpu" for name, b in model.named_buffers(recurse=False)}
+    device_map |= {name: "cpu" for name, _ in model.named_parameters(recurse=False)}
+    device_map |= {name: "cpu" for name, _ in model.named_buffers(recurse=False)}
     device_map[heads(model)[0][0].partition(".")[0]] = "disk"
     case.same(dispatch_model(copy.deepcopy(model), device_map, main_device="cpu", offload_dir=folder / "off",
                              force_hooks=True), model)
@@ -109,6 +108,6 @@ HABITS = listed(globals(), __name__, ("case", "folder"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS, heavy=("prepared_saved_and_resumed",)))
 def test_habit(habit, case, tmp_path):
     parity(habit, case, {}, tmp_path)

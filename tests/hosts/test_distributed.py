@@ -170,9 +170,27 @@ def sharded_as_a_wrapper_by_size(form):
     assert torch.isfinite(model(images()[0])).all()
 
 
+def losses_on_a_sharded_head(form):
+    """Losses that share a head read its parameters outside of the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    from timm_faim import FAIMInfoNCELoss, FAIMMarginLoss
+    if form is None:
+        return
+    whole, sharded = heads(made(form))[0][1], heads(made(form))[0][1]
+    fully_shard(sharded, mesh=mesh())
+    x = torch.randn(8, whole.in_features, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(8) % 2
+    for head in (whole, sharded):
+        (FAIMInfoNCELoss(head)(x, labels) + FAIMMarginLoss(head=head)(x, labels)).backward()
+    for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
+        if a.grad is not None:
+            close(b.grad.full_tensor(), a.grad, 1e-2)
+
+
 HABITS = (replicated, replicated_statically, fully_sharded, the_head_sharded_alone, every_part_sharded_alone,
           sharded_from_the_meta_device, checkpointed_in_shards, sharded_optimizer, head_on_a_mesh, images_of_a_mesh,
-          sharded_as_a_wrapper_by_size)
+          sharded_as_a_wrapper_by_size, losses_on_a_sharded_head)
 
 
 def outcomes(form, folder):

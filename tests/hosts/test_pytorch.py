@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from habits import cases, close, heads, listed, parity, step
+from habits import Case, cases, close, heads, listed, parity, step
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -318,7 +318,7 @@ def replicas(case):
             if parameter is not None:
                 module._parameters[key] = nn.Parameter(parameter.detach().to("meta"))
     wanted = case.make()
-    wanted.load_state_dict({name: t for name, t in dict(state_of(copies[model])).items()}, strict=False)
+    wanted.load_state_dict(dict(state_of(copies[model])), strict=False)
     case.same(copies[model], wanted)
 
 
@@ -387,11 +387,17 @@ class Wrapped(nn.Module):
         return self.inner(x)
 
 
+def test_a_metric_that_blocks_share_is_no_part_of_a_replica():
+    """A limit: all but the first chart go on with the metric of the model itself."""
+    with pytest.raises(Exception, match="meta|device"):
+        replicas(Case("test_vit", "shared"))
+
+
 HABITS = listed(globals(), __name__)
 LIMITS: dict[tuple[str, str], str] = {}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS, heavy=("compiled", "exported_and_written")))
 def test_habit(habit, case):
     parity(habit, case, LIMITS)

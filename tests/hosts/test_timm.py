@@ -39,6 +39,23 @@ def features(case, **options):
     assert case.form != "blocks" or any("faim_chart" in name for name, _ in model.named_parameters())
 
 
+def features_of_a_saved_model(case):
+    from tempfile import TemporaryDirectory
+
+    from timm.models import save_for_hf
+    model = case.make()
+    with TemporaryDirectory() as folder:
+        save_for_hf(model, folder)
+        for kind in ("hook", "getter"):
+            net = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, feature_cls=kind).eval()
+            wanted = dict(model.named_parameters())
+            charts = [(name, p) for name, p in net.named_parameters() if "faim_chart" in name]
+            assert case.form != "blocks" or charts
+            for name, p in charts:
+                name = name.removeprefix("model.").removeprefix("body.")
+                close(p, wanted[name if name in wanted else name.replace("_", ".", 1)])
+
+
 def features_only(case):
     features(case, num_classes=0)
 
@@ -204,6 +221,6 @@ LIMITS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS, heavy=("made_exportable",)))
 def test_habit(habit, case):
     parity(habit, case, LIMITS)

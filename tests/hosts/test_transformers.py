@@ -147,6 +147,6 @@ HABITS = listed(globals(), __name__, ("case", "folder"))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("habit", "case"), cases(HABITS))
+@pytest.mark.parametrize(("habit", "case"), cases(HABITS, heavy=("trained",)))
 def test_habit(habit, case, tmp_path):
     parity(habit, case, {}, tmp_path)

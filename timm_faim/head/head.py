@@ -72,10 +72,10 @@ class FAIMHead(FillsMissing, nn.Module):
         eps: ε of the metric.
 
     Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; on the indicatrix also
-    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient). Off ``"flat"`` the Σ of ``metric`` is
-    the identity for good. γ and λ act as absolute values, so that no optimizer step makes them negative in effect.
-    State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly into flat
-    heads, and those of heads on the indicatrix from before there was a frame are moved into it.
+    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient). Off ``"flat"`` the Σ
+    of ``metric`` is the identity for good. γ and λ act as absolute values, so that no optimizer step makes them
+    negative in effect. State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape [])
+    load strictly into flat heads, and those of heads on the indicatrix from before there was a frame are moved into it.
 
     Raises:
         TypeError, ValueError: an argument that is no number or out of its range, named with the value; on call,
@@ -182,16 +182,21 @@ class FAIMHead(FillsMissing, nn.Module):
         """The effective γ = |scale| [1]."""
         return absolute(self.scale)
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Optional[Tensor] = None, embeds: bool = False) -> Tensor:
         """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
+
+        All that reads the parameters in a training step comes through here, so that hooks see it.
 
         Args:
             x: features.
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
+            embeds: give what :meth:`embed` does in the place of logits.
         """
         if not torch.jit.is_scripting():
-            node = traced_call(self, x, target)
-            return without_autocast(self._forward, x, target) if node is None else node
+            node = traced_call(self, x, target, embeds)
+            if node is not None:
+                return node
+            return without_autocast(self._embed, x) if embeds else without_autocast(self._forward, x, target)
         return self._forward(x, target)
 
     def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:
@@ -219,11 +224,10 @@ class FAIMHead(FillsMissing, nn.Module):
         logits = cosine_logits(flat, self.mu.to(z.dtype), self.gamma().to(z.dtype), self.metric.eps)
         return logits.reshape(z.shape[:-1] + logits.shape[1:])
 
+    @torch.jit.unused
     def embed(self, x: Tensor) -> Tensor:
         """Features as the metric sees them: x itself of a flat head, else in at least float32 the point z / F(z)."""
-        if not torch.jit.is_scripting():
-            return without_autocast(self._embed, x)
-        return self._embed(x)
+        return self(x, embeds=True)
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.project(self._framed(x))

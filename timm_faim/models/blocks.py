@@ -20,6 +20,7 @@ from .attach import reduce_by_base, subclass
 from .config import PREFIX, block_options
 
 _OF_NO_PLACE = ("features_only", "out_indices", "feature_cls", "device", "dtype")  # arguments that move no block
+INNER = ("model", "body")  # where timm's feature extractors keep a whole model
 _ROWS = (nn.Sequential, nn.ModuleList)
 _NORM = re.compile("(Batch|Group|Layer|Rms|Simple)Norm")  # of torch and timm
 _FIRST = re.compile("2d|BatchNorm")  # those with features at dimension 1
@@ -66,8 +67,8 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
     if count == 0:
         return model
     if isinstance(model, FeatureGraphNet):
-        raise ValueError(f"faim_cfg blocks={count}: features_only with feature_cls='fx' takes a model apart before blocks "
-                         "are put in; give another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
+        raise ValueError(f"faim_cfg blocks={count}: feature_cls='fx' takes a model apart before blocks are put in; give "
+                         "another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
     if hasattr(model, "faim_cfg"):  # a converted head's
         model.faim_cfg.update((key, faim_cfg[key]) for key in block_options())
     places = block_places(arch, arguments)
@@ -190,9 +191,9 @@ class _Calls:
 
 
 def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
-    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3."""
-    if hasattr(model, "model") and not hasattr(model, name.partition(".")[0]):
-        model = model.model
+    """A submodule by name, also in timm's feature extractors: behind one of INNER, or with stages_3 for stages.3."""
+    if not hasattr(model, name.partition(".")[0]):
+        model = next((getattr(model, inner) for inner in INNER if hasattr(model, inner)), model)
     first, _, rest = name.partition(".")
     if not hasattr(model, first):
         second, _, rest = rest.partition(".")
