@@ -103,6 +103,10 @@ def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def cases(habits: dict[str, Callable], heavy: tuple[str, ...] = ()) -> list[Any]:
     """Every habit in every form, on one architecture in turn; the others are slow.
 

@@ -112,6 +112,7 @@ class FAIMHead(FillsMissing, nn.Module):
         self.num_classes = num_classes = checked_count(
             "num_classes", num_classes, "; a model without head has num_classes=0"
         )
+        self.out_features = num_classes  # the name that a linear classifier has for it
         self.space = space
         self.is_flat = space == "flat"
         self.full_sigma = full_sigma and space != "sphere"
@@ -163,12 +164,6 @@ class FAIMHead(FillsMissing, nn.Module):
         words += ["Randers"] * (not self.metric.symmetric) + [f"on the {self.space}"] * (not self.is_flat)
         return ", ".join(words + ["class prior"] * (self.prior is not None))
 
-    @property
-    @torch.jit.unused
-    def out_features(self) -> int:
-        """C, by the name that a linear classifier has for it."""
-        return self.num_classes
-
     def initial_distance(self) -> float:
         """E d_F(x, μ_k) at initialisation, for features of unit variance per coordinate (off ``"flat"``: any)."""
         if not self.is_flat:
@@ -185,18 +180,16 @@ class FAIMHead(FillsMissing, nn.Module):
     def forward(self, x: Tensor, target: Optional[Tensor] = None, embeds: bool = False) -> Tensor:
         """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
 
-        All that reads the parameters in a training step comes through here, so that hooks see it.
-
         Args:
             x: features.
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
-            embeds: give what :meth:`embed` does in the place of logits.
+            embeds: give what :meth:`embed` does in the place of logits: parameters are read here alone, as hooks need.
         """
         if not torch.jit.is_scripting():
             node = traced_call(self, x, target, embeds)
-            if node is not None:
-                return node
-            return without_autocast(self._embed, x) if embeds else without_autocast(self._forward, x, target)
+            if node is None:
+                return without_autocast(self._embed, x) if embeds else without_autocast(self._forward, x, target)
+            return node
         return self._forward(x, target)
 
     def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:

@@ -67,8 +67,8 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
     if count == 0:
         return model
     if isinstance(model, FeatureGraphNet):
-        raise ValueError(f"faim_cfg blocks={count}: feature_cls='fx' takes a model apart before blocks are put in; give "
-                         "another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
+        raise ValueError(f"faim_cfg blocks={count}: feature_cls='fx' takes a model apart before blocks are put in; "
+                         "give another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
     if hasattr(model, "faim_cfg"):  # a converted head's
         model.faim_cfg.update((key, faim_cfg[key]) for key in block_options())
     places = block_places(arch, arguments)
