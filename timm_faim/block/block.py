@@ -49,10 +49,9 @@ class FAIMBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Features like x: [B, ..., D], or [B, D, ...] with ``channels_first``; further arguments go to W."""
-        p, frame = self.chart.base_point(x), self.chart.frame(x)
-        w = self.chart.log(x, p, frame)
+        w, p, frame = self.chart(x)
         out = self.inner(w, *args, **kwargs)
-        out = self.chart.exp(w + out if self.residual == "tangent" else out, p, frame)
+        out = self.chart(w + out if self.residual == "tangent" else out, p, frame)
         if self.residual != "ambient":
             return out
         if self.chart.channels_first and p.dim() == 1:

@@ -1,21 +1,21 @@
 """FAIMChart: a metric with a base point, the coordinates in which a FAIM block works."""
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from timm_faim.metric import FAIMMetric
-from timm_faim.metric.frame import Frame, orthonormal_frame
+from timm_faim.metric import FAIMMetric, FillsMissing, traced_call
+from timm_faim.metric.frame import Frame
 
 from .maps import exp_map, log_map
 
 BASES = ("learned", "mean", "mlp")
 
 
-class FAIMChart(nn.Module):
+class FAIMChart(FillsMissing, nn.Module):
     """Coordinates log_p(x) around a base point p, and back.
 
     Starts as the identity: Σ = I, λ = 0, p = 0. β starts at N(0, 1/D), so that λ has a gradient from the first step.
@@ -64,8 +64,8 @@ class FAIMChart(nn.Module):
 
     @property
     def metric(self) -> FAIMMetric:
-        """The metric, shared or owned."""
-        return self._metric[0]
+        """The metric, shared or owned (a copy or a wrapper by now, where the chart was copied or sharded)."""
+        return self._modules.get("owned_metric") or self._metric[0]
 
     def reset_parameters(self) -> None:
         """Back to the identity (a shared metric is left as it is)."""
@@ -76,12 +76,33 @@ class FAIMChart(nn.Module):
             nn.init.zeros_(self.mlp.fc2.weight)
             nn.init.zeros_(self.mlp.fc2.bias)
         if "owned_metric" in self._modules:
-            self.metric.reset_parameters(beta_std=1.0 / math.sqrt(self.dim), sigma=1.0 - self.metric.eps)
+            self.metric.start_at(beta_std=1.0 / math.sqrt(self.dim), sigma=1.0 - self.metric.eps)
+
+    def forward(
+        self, x: Tensor, p: Optional[Tensor] = None, frame: Optional[Frame] = None
+    ) -> Union[Tensor, tuple[Tensor, Tensor, Frame]]:
+        """Into the tangent space and back; all that reads parameters in a forward pass, so that hooks see it.
+
+        Args:
+            x: features, or with p and frame coordinates, [B, ..., D] or [B, D, ...] with ``channels_first``.
+            p: base point, and
+            frame: the metric's frame, as the call on the features gave them.
+
+        Returns:
+            The coordinates log_p(x), p and the frame; with p and frame the point exp_p(x).
+        """
+        node = traced_call(self, x, p, frame)
+        if node is not None:
+            return node
+        if p is not None:
+            return self.exp(x, p, frame)
+        p, frame = self.base_point(x), self.frame(x)
+        return self.log(x, p, frame), p, frame
 
     def base_point(self, x: Tensor) -> Tensor:
         """p for an input x: [D], or for a dynamic p one per sample that broadcasts with x."""
         if self.base == "learned":
-            return self.p
+            return self.p.clone()  # it outlives the call, after which a sharded parameter is gone
         places = tuple(range(2, x.dim())) if self.channels_first else tuple(range(1, x.dim() - 1))
         mean_BD = x.mean(places) if places else x
         p_BD = self.p + (self.gate * mean_BD if self.mlp is None else self.mlp(mean_BD))
@@ -91,7 +112,7 @@ class FAIMChart(nn.Module):
 
     def frame(self, x: Tensor) -> Frame:
         """The metric's frame for an input x, to be used by both maps of a forward pass."""
-        return orthonormal_frame(self.metric, torch.promote_types(x.dtype, torch.float32))
+        return self.metric(x, frame=True)
 
     def log(self, x: Tensor, p: Tensor, frame: Optional[Frame] = None) -> Tensor:
         """log_p(x), see :func:`timm_faim.log_map`."""

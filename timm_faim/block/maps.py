@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from timm_faim.metric import FAIMMetric, without_autocast
-from timm_faim.metric.frame import Frame, orthonormal_frame
+from timm_faim.metric.frame import Frame
 
 
 def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
@@ -94,5 +94,5 @@ def _apply_last(x: Tensor, p: Tensor, map_, metric: FAIMMetric, frame: Optional[
     """Features at the last dimension, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     if frame is None or frame.one_form_D.dtype != dtype:
-        frame = orthonormal_frame(metric, dtype)
+        frame = metric(x.to(dtype), frame=True)
     return map_(x.to(dtype), p.to(dtype), frame, metric.symmetric, metric.eps).to(x.dtype)

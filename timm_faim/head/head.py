@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from timm_faim.metric import (
     FAIMMetric,
+    FillsMissing,
     absolute,
     checked_count,
     checked_number,
     cosine_logits,
+    traced_call,
     unit_vectors,
     without_autocast,
 )
@@ -34,7 +36,7 @@ def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
     return logits.scatter_add(-1, target.clamp_min(0).unsqueeze(-1), -amounts.unsqueeze(-1))
 
 
-class FAIMHead(nn.Module):
+class FAIMHead(FillsMissing, nn.Module):
     """A classifier by Finsler distance to learned class prototypes, in one of three spaces.
 
         logits_k = -γ d_F(x, μ_k) [+ prior_k]
@@ -69,10 +71,10 @@ class FAIMHead(nn.Module):
         eps: ε of the metric.
 
     Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; on the indicatrix also
-    ``whiten`` (A, [D, D] or its diagonal [D]) and a buffer ``center`` (c, [D]). Off ``"flat"`` the Σ of ``metric`` is
-    the identity for good. γ and λ act as absolute values, so that no optimizer step makes them negative in effect.
-    State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape []) load strictly into flat
-    heads, and those of heads on the indicatrix from before there was a frame are moved into it.
+    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient). Off ``"flat"`` the Σ
+    of ``metric`` is the identity for good. γ and λ act as absolute values, so that no optimizer step makes them
+    negative in effect. State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape [])
+    load strictly into flat heads, and those of heads on the indicatrix from before there was a frame are moved into it.
 
     Raises:
         TypeError, ValueError: an argument that is no number or out of its range, named with the value; on call,
@@ -109,6 +111,7 @@ class FAIMHead(nn.Module):
         self.num_classes = num_classes = checked_count(
             "num_classes", num_classes, "; a model without head has num_classes=0"
         )
+        self.out_features = num_classes  # the name that a linear classifier has for it
         self.space = space
         self.is_flat = space == "flat"
         self.full_sigma = full_sigma and space != "sphere"
@@ -125,7 +128,9 @@ class FAIMHead(nn.Module):
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
         self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
         framed = space == "indicatrix"
-        self.register_buffer("center", torch.empty(in_features, **factory) if framed else None)
+        # no buffer: what opens a model in parts may leave buffers as they start
+        center = nn.Parameter(torch.empty(in_features, **factory), requires_grad=False) if framed else None
+        self.register_parameter("center", center)
         shape = (in_features,) * (2 if full_sigma else 1)
         whiten = nn.Parameter(torch.empty(shape, **factory), requires_grad=learn_metric) if framed else None
         self.register_parameter("whiten", whiten)
@@ -144,10 +149,9 @@ class FAIMHead(nn.Module):
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
         nn.init.normal_(self.mu, std=1.0 if self.is_flat else 1.0 / math.sqrt(D))
         if not self.is_flat:
-            self.metric.reset_parameters()
-            nn.init.constant_(self.metric.log_sigma_diag, log_of_identity(self.metric.eps))
+            self.metric.start_at(math.exp(log_of_identity(self.metric.eps)), beta_std=1.0 / math.sqrt(D))
         elif self.init == "seed":
-            self.metric.reset_parameters(beta_std=1.0)
+            self.metric.start_at(beta_std=1.0)
         else:
             self.metric.reset_to_unit_distance(2.0 * D)
 
@@ -172,15 +176,19 @@ class FAIMHead(nn.Module):
         """The effective γ = |scale| [1]."""
         return absolute(self.scale)
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Optional[Tensor] = None, embeds: bool = False) -> Tensor:
         """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
 
         Args:
             x: features.
             target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
+            embeds: give what :meth:`embed` does in the place of logits: parameters are read here alone, as hooks need.
         """
         if not torch.jit.is_scripting():
-            return without_autocast(self._forward, x, target)
+            node = traced_call(self, x, target, embeds)
+            if node is None:
+                return without_autocast(self._embed, x) if embeds else without_autocast(self._forward, x, target)
+            return node
         return self._forward(x, target)
 
     def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:
@@ -202,17 +210,16 @@ class FAIMHead(nn.Module):
         """-γ d_F(x, μ_k) [..., C]."""
         z = self._framed(x)
         if not self.cosine:
-            return self.metric.scaled_distance(self.project(z), self.project(self.mu), -self.gamma())
+            return self.metric(self.project(z), self.project(self.mu), -self.gamma())
         z = z.to(torch.promote_types(torch.promote_types(z.dtype, self.mu.dtype), torch.float32))
         flat = z.reshape(-1, self.in_features)
         logits = cosine_logits(flat, self.mu.to(z.dtype), self.scale.to(z.dtype), self.metric.eps)
         return logits.reshape(z.shape[:-1] + logits.shape[1:])
 
+    @torch.jit.unused
     def embed(self, x: Tensor) -> Tensor:
         """Features as the metric sees them: x itself of a flat head, else in at least float32 the point z / F(z)."""
-        if not torch.jit.is_scripting():
-            return without_autocast(self._embed, x)
-        return self._embed(x)
+        return self(x, embeds=True)
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.project(self._framed(x))
@@ -242,7 +249,7 @@ class FAIMHead(nn.Module):
         if self.cosine:
             return unit_vectors(v)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
-        return v / self.metric.norm(v).unsqueeze(-1)
+        return v / self.metric(v).unsqueeze(-1)
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -23,7 +23,7 @@ def faim_heads(model: nn.Module) -> dict[str, FAIMHead]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FAIMHead)}
 
 
-def _gathered(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
     """The parameter, whole where FSDP2 has sharded it; its gradient then is the processes' mean, as FSDP's own are."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
@@ -67,7 +67,7 @@ class TargetMargin(nn.Module):
         """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""
         heads = [head for head in self._heads if head.training]
         if heads:
-            amounts = [absolute(_gathered(head.scale)) * head.margin for head in heads]
+            amounts = [absolute(gathered(head.scale)) * head.margin for head in heads]
             mean = torch.stack(amounts).mean(0)
             if isinstance(output, (tuple, list)):
                 if len(output) != len(amounts):

@@ -46,8 +46,8 @@ class MetricHolder:
 
     @property
     def metric(self) -> FAIMMetric:
-        """The metric, shared or owned."""
-        return self._metric[0]
+        """The metric, shared or owned (a copy or a wrapper by now, where the loss was copied or sharded)."""
+        return self._modules.get("owned_metric") or self._metric[0]
 
     def embed(self, embeddings: Tensor) -> Tensor:
         """Embeddings as the metric sees them, in at least float32: those that a head, where there is one, makes."""

@@ -45,7 +45,7 @@ class FAIMInfoNCELoss(FAIMLoss):
 
     def distances(self, x_BD: Tensor, y_ND: Tensor) -> Tensor:
         """The logits -d_F(x, y) / τ [B, N], in one node with the distance."""
-        return self.metric.scaled_distance(x_BD, y_ND, x_BD.new_full((1,), -1.0 / self.temperature))
+        return self.metric(x_BD, y_ND, x_BD.new_full((1,), -1.0 / self.temperature))
 
     def row_losses(self, logits_bN: Tensor, positive_bN: Tensor, negative_bN: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`FAIMLoss.row_losses`; the distances are logits here."""

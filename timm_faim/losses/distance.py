@@ -72,7 +72,7 @@ class FAIMDistance(MetricHolder, BaseDistance):
         """d_F(query_i, reference_i) [B] of paired rows [B, D]."""
         dtype = torch.promote_types(query_emb.dtype, ref_emb.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        return self.metric.norm(query_emb.to(wide) - ref_emb.to(wide)).to(dtype)
+        return self.metric(query_emb.to(wide) - ref_emb.to(wide)).to(dtype)
 
     def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **options: Any) -> Tensor:
         """Embeddings as the metric sees them."""

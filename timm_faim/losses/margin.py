@@ -8,6 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from timm_faim.head import FAIMHead
 from timm_faim.head.head import subtract_margin
+from timm_faim.head.margin import gathered
+from timm_faim.metric import absolute
 
 from .base import check_labels, check_positive
 
@@ -82,7 +84,7 @@ class FAIMMarginLoss(nn.Module):
                 raise ValueError(f"label {int(labels[wrong][0])} is out of range for {self.head.num_classes} classes")
         logits = self.head(embeddings)
         margins = self.margins.to(logits.device)[labels.clamp_min(0)]
-        logits = subtract_margin(logits, labels, self.head.gamma() * margins)
+        logits = subtract_margin(logits, labels, absolute(gathered(self.head.scale)) * margins)
         losses = cross_entropy(logits, labels.long(), reduction="none")
         if self.reducer is None:
             return losses.sum() / (labels != IGNORED).sum().clamp_min(1)

@@ -3,15 +3,18 @@
 from .checks import checked_count, checked_number
 from .cosine import cosine_logits
 from .functional import unit_vectors
+from .hosts import FillsMissing, traced_call
 from .module import FAIMMetric, absolute, faim_distance
 from .precision import without_autocast
 
 __all__ = [
     "FAIMMetric",
+    "FillsMissing",
     "absolute",
     "checked_count",
     "checked_number",
     "cosine_logits",
+    "traced_call",
     "faim_distance",
     "unit_vectors",
     "without_autocast",

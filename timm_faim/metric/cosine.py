@@ -30,16 +30,15 @@ def inverse_norms(y_CD: Tensor) -> Tensor:
 def cosine_logits(z_BD: Tensor, y_CD: Tensor, scale: Tensor, eps: float) -> Tensor:
     """-γ d(z, y) [B, C] for features z and prototypes y of any length (zero: at right angles to all), scale [1]."""
     if not torch.jit.is_scripting():  # noqa: SIM102  what follows is not compiled
-        if not needs_plain_ops(compiled=False):
+        if not needs_plain_ops(z_BD, y_CD, scale, compiled=False):
             return _fused(z_BD, y_CD, scale, eps)
     return plain_cosine_logits(z_BD, y_CD, scale, eps)
 
 
 def plain_cosine_logits(z_BD: Tensor, y_CD: Tensor, scale: Tensor, eps: float) -> Tensor:
     """:func:`cosine_logits` in differentiable operations."""
-    two = torch.full([1], 2.0 + eps, dtype=z_BD.dtype, device=z_BD.device)
     a_BD = z_BD * (-2.0 * inverse_norms(z_BD)).unsqueeze(1)
-    q_BC = torch.addcmul(two, a_BD @ y_CD.t(), inverse_norms(y_CD))
+    q_BC = (2.0 + eps) + (a_BD @ y_CD.t()) * inverse_norms(y_CD)
     q_BC = q_BC + (q_BC.detach().clamp_min(eps) - q_BC.detach())  # rounding alone goes below ε: no gradient is cut
     return q_BC.sqrt() * -scale.abs()
 

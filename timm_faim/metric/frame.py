@@ -3,17 +3,16 @@
 Shapes: D features, any leading dimensions.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from .module import FAIMMetric
+if TYPE_CHECKING:
+    from .module import FAIMMetric
 
 
-@dataclass
-class Frame:
+class Frame(NamedTuple):  # a tuple: hooks of modules look for tensors in it
     """A as its diagonal or by its lower-triangular factor K (A = Kᵀ, Σ = K Kᵀ), and the 1-form β̂ = A⁻ᵀβ in it."""
 
     root_D: Optional[Tensor]
@@ -33,7 +32,7 @@ class Frame:
         return flat.reshape(z.shape)
 
 
-def orthonormal_frame(metric: FAIMMetric, dtype: torch.dtype) -> Frame:
+def orthonormal_frame(metric: "FAIMMetric", dtype: torch.dtype) -> Frame:
     """The frame of a metric in ``dtype``. The factor of a full Σ is found in float64: T T' + ε I squares the condition
     number of T."""
     sigma_D, tril_DD, beta_D, lmbda = metric.tensors(dtype)

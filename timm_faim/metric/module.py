@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .checks import checked_count, checked_number
+from .frame import orthonormal_frame
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
+from .hosts import FillsMissing
 from .precision import needs_plain_ops, without_autocast
 
 
-class FAIMMetric(nn.Module):
+class FAIMMetric(FillsMissing, nn.Module):
     """A FAIM metric on R^D, the same at every point.
 
         F(v) = sqrt(v'Σv + ε) + λ sqrt((β'v)² + ε)     symmetric=True
@@ -71,49 +73,68 @@ class FAIMMetric(nn.Module):
             self.L = nn.Parameter(torch.empty(in_features, in_features, **factory))
         else:
             self.log_sigma_diag = nn.Parameter(torch.empty(in_features, **factory))
+        self._start: tuple[float, float] = (1.0, 1.0 / math.sqrt(self.in_features))
         self.reset_parameters()
 
-    def reset_parameters(self, sigma: float = 1.0, beta_std: Optional[float] = None) -> None:
-        """Σ = sigma · I, β ~ N(0, beta_std²) (default sigma / D, a 1-form of Σ⁻¹-norm about 1), λ = lambda_init."""
-        with torch.no_grad():
-            if self.L is not None:
-                nn.init.eye_(self.L).mul_(math.sqrt(sigma))
-            if self.log_sigma_diag is not None:
-                nn.init.constant_(self.log_sigma_diag, math.log(sigma))
-            nn.init.normal_(self.beta, std=math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
-            nn.init.constant_(self.lmbda, self.lambda_init)
+    def start_at(self, sigma: float = 1.0, beta_std: Optional[float] = None) -> None:
+        """Reset, now and by every later :meth:`reset_parameters`, to Σ = sigma · I and β ~ N(0, beta_std²) (default
+        sigma / D, a 1-form of Σ⁻¹-norm about 1)."""
+        self._start = (sigma, math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Σ and β as :meth:`start_at` says (Σ = I and β ~ N(0, 1/D) at first), λ = lambda_init."""
+        sigma, beta_std = self._start
+        if self.L is not None and not getattr(self.L, "_is_hf_initialized", False):  # by a checkpoint in transformers
+            nn.init.eye_(self.L).data.mul_(math.sqrt(sigma))
+        if self.log_sigma_diag is not None:
+            nn.init.constant_(self.log_sigma_diag, math.log(sigma))
+        nn.init.normal_(self.beta, std=beta_std)
+        nn.init.constant_(self.lmbda, self.lambda_init)
 
     def reset_to_unit_distance(self, squared: float) -> None:
-        """Reset with Σ = σ I, β ~ N(0, σ/D), such that E d_F(x, y) is about 1 for points with E|x - y|² = squared."""
+        """Start at Σ = σ I, β ~ N(0, σ/D), such that E d_F(x, y) is about 1 for points with E|x - y|² = squared."""
         # d = sqrt(σ) |v| (1 + λ E|n|/sqrt(D)) with n standard normal
         one_form = 1.0 + self.lambda_init * math.sqrt(2.0 / (math.pi * self.in_features))
-        self.reset_parameters(sigma=1.0 / (squared * one_form**2))
+        self.start_at(sigma=1.0 / (squared * one_form**2))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], in the promoted dtype.
+    def forward(
+        self, x: Tensor, y: Optional[Tensor] = None, scale: Optional[Tensor] = None, frame: bool = False
+    ) -> Tensor:
+        """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], or without y the norms F(x) [...].
+
+        All that reads the parameters in a forward pass comes through here, so that hooks see it.
+
+        Args:
+            x: points, or vectors without y.
+            y: points.
+            scale: [1], multiplies the distances; one autograd node with them in eager mode.
+            frame: give the :class:`Frame` of the metric for points like x in the place of distances.
+
+        Returns:
+            In the promoted dtype of x and y, or of x and the parameters.
 
         Raises:
             ValueError: a last dimension other than D, or y that is not 2-D.
         """
-        return self.scaled_distance(x, y, None)
-
-    def scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
-        """``scale`` [1] times d_F(x, y), shapes as in :meth:`forward`; one autograd node in eager mode."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  what follows is not compiled
+            if frame:
+                return orthonormal_frame(self, torch.promote_types(x.dtype, torch.float32))
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected features [..., {self.in_features}], got shape {list(x.shape)}")
-        if y.dim() != 2 or y.shape[-1] != self.in_features:
+        if y is not None and (y.dim() != 2 or y.shape[-1] != self.in_features):
             raise ValueError(f"expected points y [C, {self.in_features}], got shape {list(y.shape)}")
         if not torch.jit.is_scripting():
-            return without_autocast(self._scaled_distance, x, y, scale)
-        return self._scaled_distance(x, y, scale)
+            return without_autocast(self._norm_or_distance, x, y, scale)
+        return self._norm_or_distance(x, y, scale)
 
+    @torch.jit.unused
     def norm(self, v: Tensor) -> Tensor:
         """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
-        if v.shape[-1] != self.in_features:
-            raise ValueError(f"expected vectors [..., {self.in_features}], got shape {list(v.shape)}")
-        if not torch.jit.is_scripting():
-            return without_autocast(self._norm, v)
-        return self._norm(v)
+        return self(v)
+
+    def _norm_or_distance(self, x: Tensor, y: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
+        return self._norm(x) if y is None else self._scaled_distance(x, y, scale)
 
     def _norm(self, v: Tensor) -> Tensor:
         out_dtype, dtype = _dtypes(v, self.beta)
@@ -146,7 +167,7 @@ class FAIMMetric(nn.Module):
         scale = torch.ones_like(lmbda) if scale is None else scale.to(dtype)
         shape = x.shape[:-1] + y.shape[:1]
         if not torch.jit.is_scripting():  # noqa: SIM102  what follows is not compiled
-            if not needs_plain_ops():
+            if not needs_plain_ops(x, y, beta):
                 d = fused_distance(flat, y, sigma, tril, beta, lmbda, scale, self.eps, self.symmetric)
                 return d.to(out_dtype).reshape(shape)
         d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric)

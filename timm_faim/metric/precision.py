@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _COMPILES_NODES = torch.__version__ >= (2, 11)  # 2.6 fails on them where a size is not fixed; between, nobody tried
 
@@ -29,9 +30,16 @@ def backward_without_autocast(backward: Callable) -> Callable:
     return run
 
 
-def needs_plain_ops(compiled: bool = True) -> bool:
-    """Whether only differentiable PyTorch operations will do: for export, the transforms of torch.func (grad, vmap,
-    jvp, ...), forward-mode differentiation and, with ``compiled``, torch.compile."""
+def needs_plain_ops(*tensors: Tensor, compiled: bool = True) -> bool:
+    """Whether only differentiable PyTorch operations will do: for export and torch.jit.trace, the transforms of
+    torch.func (grad, vmap, jvp, ...), forward-mode differentiation, DTensors and other kinds of tensors and, with
+    ``compiled``, torch.compile."""
+    if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+        return True
     if torch.compiler.is_compiling():  # export traces by itself, without dynamo
         return compiled or not (_COMPILES_NODES and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling())
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return (
+        torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

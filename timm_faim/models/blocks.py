@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from timm.models import get_model_input_config, model_entrypoint
+from timm.models import FeatureGraphNet, get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_faim.block import FAIMChart
@@ -19,6 +19,8 @@ from timm_faim.metric import FAIMMetric
 from .attach import reduce_by_base, subclass
 from .config import PREFIX, block_options
 
+_OF_NO_PLACE = ("features_only", "out_indices", "feature_cls", "device", "dtype")  # arguments that move no block
+INNER = ("model", "body")  # where timm's feature extractors keep a whole model
 _ROWS = (nn.Sequential, nn.ModuleList)
 _NORM = re.compile("(Batch|Group|Layer|Rms|Simple)Norm")  # of torch and timm
 _FIRST = re.compile("2d|BatchNorm")  # those with features at dimension 1
@@ -30,9 +32,8 @@ class ChartedMixin:
     name_prefix = "Charted"
 
     def forward(self, x, *args, **kwargs):
-        chart = self.faim_chart
-        p, frame = chart.base_point(x), chart.frame(x)
-        return chart.exp(super().forward(chart.log(x, p, frame), *args, **kwargs), p, frame)
+        w, p, frame = self.faim_chart(x)
+        return self.faim_chart(super().forward(w, *args, **kwargs), p, frame)
 
     def __reduce_ex__(self, protocol):
         return reduce_by_base(self)
@@ -65,6 +66,9 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
     count = faim_cfg["blocks"]
     if count == 0:
         return model
+    if isinstance(model, FeatureGraphNet):
+        raise ValueError(f"faim_cfg blocks={count}: feature_cls='fx' takes a model apart before blocks are put in; "
+                         "give another feature_cls, such as 'hook' or 'getter'")  # fmt: skip
     if hasattr(model, "faim_cfg"):  # a converted head's
         model.faim_cfg.update((key, faim_cfg[key]) for key in block_options())
     places = block_places(arch, arguments)
@@ -98,7 +102,7 @@ def block_places(arch: str, arguments: Mapping[str, Any]) -> list[Place]:
         arch: timm's name.
         arguments: what the model is to be made with (``img_size``, ``in_chans``, ...).
     """
-    arguments = {key: value for key, value in arguments.items() if key not in ("features_only", "out_indices")}
+    arguments = {key: value for key, value in arguments.items() if key not in _OF_NO_PLACE}
     with torch.device("meta"):
         model = model_entrypoint(arch)(pretrained=False, **arguments).eval()
     calls = {name: _Calls(block) for name, block in _candidates(model).items()}
@@ -187,9 +191,9 @@ class _Calls:
 
 
 def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
-    """A submodule by name, also in timm's feature extractors: behind ``model.``, or with stages_3 for stages.3."""
-    if hasattr(model, "model") and not hasattr(model, name.partition(".")[0]):
-        model = model.model
+    """A submodule by name, also in timm's feature extractors: behind one of INNER, or with stages_3 for stages.3."""
+    if not hasattr(model, name.partition(".")[0]):
+        model = next((getattr(model, inner) for inner in INNER if hasattr(model, inner)), model)
     first, _, rest = name.partition(".")
     if not hasattr(model, first):
         second, _, rest = rest.partition(".")

@@ -107,8 +107,8 @@ def load_charts(model: nn.Module, saved: StateDict, is_part: bool = False) -> No
             _logger.info(f"the checkpoint has no FAIM blocks; those of the model ({len(charts)}) start as the identity")
         return
     wanted = {f"{name}.{key}": (name, key) for name, chart in charts.items() for key in chart.state_dict()}
-    # timm's feature extractors write stages_3 for stages.3, or model.stages for stages
-    by_name = {key.removeprefix("model.").replace("_", "."): key for key in wanted}
+    # timm's feature extractors write stages_3 for stages.3, or model.stages or body.stages for stages
+    by_name = {key.removeprefix("model.").removeprefix("body.").replace("_", "."): key for key in wanted}
     found = {by_name.get(key.replace("_", "."), key): value for key, value in saved.items()}
     if is_part:
         found = {key: value for key, value in found.items() if key in wanted}
