@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_faim import PRESETS, FAIMHead
+from timm_faim.head.margin import subtract_margin
 
 Ranges = dict[str, tuple[float, float, str]]  # option -> (low, high, 'log' or 'linear')
 
@@ -163,9 +164,19 @@ def _cosine(kind: str, sub_centres: int = 1) -> Callable[..., nn.Module]:
     return lambda D, C, **options: Cosine(D, C, kind=kind, sub_centres=sub_centres, **options)
 
 
+class Faim(FAIMHead):
+    """Takes the target, as the peers do; in a model TargetMargin does this."""
+
+    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+        logits = super().forward(x)
+        if target is None or not self.training:
+            return logits
+        return subtract_margin(logits, target, self.gamma() * self.margin)
+
+
 def _faim(**fixed) -> Callable[..., nn.Module]:
     """FAIMHead under the names of options that the peers use."""
-    return lambda D, C, scale=16.0, margin=0.0: FAIMHead(D, C, **fixed | {"scale_init": scale, "margin": margin})
+    return lambda D, C, scale=16.0, margin=0.0: Faim(D, C, **fixed | {"scale_init": scale, "margin": margin})
 
 
 _SCALE = {"scale": (8.0, 64.0, "log")}

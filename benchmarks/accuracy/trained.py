@@ -105,7 +105,7 @@ def in_frame(head: FAIMHead, learn_one_form: bool, scale: float, margin: float, 
     """The indicatrix head of features in the orthonormal frame of ``head``, with Σ = I there; β learned or λ = 0."""
     D, C = head.in_features, head.num_classes
     options = dict(full_sigma=False, learn_metric=learn_one_form, lambda_init=lmbda if learn_one_form else 0.0)
-    moved = FAIMHead(D, C, scale_init=scale, margin=margin, **options)
+    moved = heads.Faim(D, C, scale_init=scale, margin=margin, **options)
     moved.whiten.requires_grad_(False)
     moved.metric.beta.copy_(head.metric.beta)
     moved.center.copy_(head.center @ head.whiten)

@@ -24,18 +24,6 @@ SPACES = ("indicatrix", "sphere", "flat")
 _INITS = ("scaled", "seed")
 
 
-def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
-    """logits [B, C] minus ``amount`` [1] at the target: class indices [B], or soft targets [B, C] as weights.
-
-    Negative indices (the ``ignore_index`` of a criterion) are left alone.
-    """
-    amount = amount.to(logits.dtype)
-    if target.dim() == logits.dim():
-        return logits - amount * target.to(logits.dtype)
-    amounts = amount * (target >= 0).to(logits.dtype)
-    return logits.scatter_add(-1, target.clamp_min(0).unsqueeze(-1), -amounts.unsqueeze(-1))
-
-
 class FAIMHead(FillsMissing, nn.Module):
     """A classifier by Finsler distance to learned class prototypes, in one of three spaces.
 
@@ -62,8 +50,7 @@ class FAIMHead(FillsMissing, nn.Module):
         symmetric: |β'v| as in the founding form; False gives a directed Randers metric, positive by construction.
         scale_init: initial γ > 0 (inverse softmax temperature).
         learn_scale: False keeps γ fixed.
-        margin: m >= 0, added to the target's distance in training. Reaches the loss through
-            :class:`timm_faim.TargetMargin`, or ``head(x, target)`` where the head is called directly.
+        margin: m >= 0, added to the target's distance in training by :class:`timm_faim.TargetMargin`.
         prior: add a learned per-class log prior [C], zero at first.
         init: of a flat head, ``'scaled'`` makes E d_F = 1 whatever D, for features of unit variance per coordinate, by
             the scale of Σ; ``'seed'`` is the founding N(0, I) for μ and β with Σ = I, of logits near -γ sqrt(2 D).
@@ -176,22 +163,19 @@ class FAIMHead(FillsMissing, nn.Module):
         """The effective γ = |scale| [1]."""
         return absolute(self.scale)
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None, embeds: bool = False) -> Tensor:
+    def forward(self, x: Tensor, embeds: bool = False) -> Tensor:
         """Logits [..., C] of features [..., D] ([B, C, H, W] of [B, D, H, W]).
 
         Args:
             x: features.
-            target: class indices [B] or soft targets [B, C] of features [B, D]; applies ``margin`` in training mode.
             embeds: give what :meth:`embed` does in the place of logits: parameters are read here alone, as hooks need.
         """
         if not torch.jit.is_scripting():
-            node = traced_call(self, x, target, embeds)
-            if node is None:
-                return without_autocast(self._embed, x) if embeds else without_autocast(self._forward, x, target)
-            return node
-        return self._forward(x, target)
+            node = traced_call(self, x, embeds)
+            return without_autocast(self._embed if embeds else self._forward, x) if node is None else node
+        return self._forward(x)
 
-    def _forward(self, x: Tensor, target: Optional[Tensor]) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features and (x.dim() != 4 or x.shape[1] != self.in_features):
             raise ValueError(f"expected features [..., {self.in_features}] or [B, {self.in_features}, H, W], got shape "
                              f"{list(x.shape)}")  # fmt: skip
@@ -201,8 +185,6 @@ class FAIMHead(FillsMissing, nn.Module):
         logits = self._scaled_distances(x)
         if self.prior is not None:
             logits = logits + self.prior
-        if target is not None and self.training and self.margin > 0:
-            logits = subtract_margin(logits, target, self.gamma() * self.margin)
         logits = logits.to(torch.promote_types(x.dtype, self.mu.dtype))
         return logits.permute(0, 3, 1, 2) if convolutional else logits
 

@@ -15,7 +15,19 @@ from torch import Tensor, nn
 
 from timm_faim.metric import absolute
 
-from .head import FAIMHead, subtract_margin
+from .head import FAIMHead
+
+
+def subtract_margin(logits: Tensor, target: Tensor, amount: Tensor) -> Tensor:
+    """logits [B, C] minus ``amount`` [1] at the target: class indices [B], or soft targets [B, C] as weights.
+
+    Negative indices (the ``ignore_index`` of a criterion) are left alone.
+    """
+    amount = amount.to(logits.dtype)
+    if target.dim() == logits.dim():
+        return logits - amount * target.to(logits.dtype)
+    amounts = amount * (target >= 0).to(logits.dtype)
+    return logits.scatter_add(-1, target.clamp_min(0).unsqueeze(-1), -amounts.unsqueeze(-1))
 
 
 def faim_heads(model: nn.Module) -> dict[str, FAIMHead]:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from timm_faim.head import FAIMHead
-from timm_faim.head.head import subtract_margin
-from timm_faim.head.margin import gathered
+from timm_faim.head.margin import gathered, subtract_margin
 from timm_faim.metric import absolute
 
 from .base import check_labels, check_positive
