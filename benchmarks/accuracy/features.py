@@ -13,7 +13,6 @@ import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import timm
 import torch
@@ -42,7 +41,7 @@ class FrozenFeatures:
     train_N: Tensor
     val_ND: Tensor
     val_N: Tensor
-    views_VND: Optional[Tensor]
+    views_VND: Tensor | None
     data_hash: str
 
 
@@ -106,7 +105,7 @@ def frozen_features(name: str, folder: Path, weights: Path, cache: Path, views: 
     data_hash = hash_folder(folder)
     weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
     cache.mkdir(parents=True, exist_ok=True)
-    model: Optional[nn.Module] = None
+    model: nn.Module | None = None
 
     def cached(part: str, paths: list[Path], transform: v2.Transform, seed: int = 0) -> Tensor:
         nonlocal model

@@ -20,7 +20,6 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 import closed_form
 import sklearn
@@ -44,7 +43,7 @@ VERSIONS = {
 PER_CLASS_SHRINKAGE = "lda_ledoit_wolf"  # by far the slowest; deterministic
 
 
-def cut(targets_N: Tensor, count: Optional[int], seed: int) -> Tensor:
+def cut(targets_N: Tensor, count: int | None, seed: int) -> Tensor:
     """Indices of ``count`` images of each class, drawn by the seed; all for None."""
     if count is None:
         return torch.arange(len(targets_N))
@@ -75,7 +74,7 @@ class Log:
     def _key(config: dict, seed: int) -> str:
         return json.dumps([config, seed], sort_keys=True)
 
-    def find(self, config: dict, seed: int) -> Optional[dict]:
+    def find(self, config: dict, seed: int) -> dict | None:
         return self.done.get(self._key(config, seed))
 
     def add(self, config: dict, seed: int, **values) -> None:
@@ -91,7 +90,7 @@ def images_with_views(data: FrozenFeatures, views: bool) -> Tensor:
     return torch.cat([crop, data.views_VND]) if views else crop
 
 
-def run_closed_form(name: str, data: FrozenFeatures, shots: Optional[int], support: str, log: Log, seeds: int) -> None:
+def run_closed_form(name: str, data: FrozenFeatures, shots: int | None, support: str, log: Log, seeds: int) -> None:
     classes = int(data.train_N.max()) + 1
     features = images_with_views(data, support == "views")
     for seed in range(seeds):
@@ -124,11 +123,11 @@ def choose(method: str, splits: tuple, trials: int, steps: int) -> tuple[dict[st
     return trained.sobol_settings(method, trials)[best], scores[best]
 
 
-def run_trained(name: str, data: FrozenFeatures, shots: Optional[int], log: Log, args: argparse.Namespace) -> None:
+def run_trained(name: str, data: FrozenFeatures, shots: int | None, log: Log, args: argparse.Namespace) -> None:
     classes = int(data.train_N.max()) + 1
     features = images_with_views(data, True)
 
-    def config(method: str, count: Optional[int]) -> dict:
+    def config(method: str, count: int | None) -> dict:
         return dict(
             regime="trained", method=method, data=name, shots=count or "all", support="views",
             trials=args.trials, steps=args.steps,
@@ -150,7 +149,7 @@ def run_trained(name: str, data: FrozenFeatures, shots: Optional[int], log: Log,
             start = time.time()
             chosen[method] = choose(method, (part, data.train_ND[held], data.train_N[held]), args.trials, args.steps)
             print(f"{name} {shots or 'all'} {method}: {time.time() - start:.1f} s, {chosen[method]}", flush=True)
-    whole: Optional[trained.TrainingSet] = None
+    whole: trained.TrainingSet | None = None
     for seed in range(args.seeds):
         if whole is None or shots is not None:
             index = cut(data.train_N, shots, seed)

@@ -12,7 +12,6 @@ Shapes: B images, C classes, D features, K sub-centres.
 
 import math
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ def at_target(plain_BC: Tensor, changed_BC: Tensor, target: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """x W' + b, the usual head. ``scale`` and ``margin`` have no meaning here and are not taken."""
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
@@ -77,7 +76,7 @@ class Cosine(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes * sub_centres, in_features) / math.sqrt(in_features))
         self.scale = nn.Parameter(torch.full((1,), scale), requires_grad=kind == "none")
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             cosine_BC = F.normalize(x.float(), dim=1) @ F.normalize(self.weight, dim=1).t()
             if self.sub_centres > 1:
@@ -118,7 +117,7 @@ class EuclideanPrototypes(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes, in_features))
         self.scale = nn.Parameter(torch.full((1,), scale))
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             squares_BC = x.square().sum(1, keepdim=True) + self.weight.square().sum(1) - 2.0 * x @ self.weight.t()
@@ -146,7 +145,7 @@ class IsoMaxPlus(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes, in_features))
         self.distance_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             cosine_BC = F.normalize(x.float(), dim=1) @ F.normalize(self.weight, dim=1).t()
             distance_BC = (2.0 - 2.0 * cosine_BC).clamp_min(1e-8).sqrt()
@@ -167,7 +166,7 @@ def _cosine(kind: str, sub_centres: int = 1) -> Callable[..., nn.Module]:
 class Faim(FAIMHead):
     """Takes the target, as the peers do; in a model TargetMargin does this."""
 
-    def forward(self, x: Tensor, target: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         logits = super().forward(x)
         if target is None or not self.training:
             return logits

@@ -5,7 +5,7 @@ A habit that fails with the ``faim_`` name may fail with timm's own name as well
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import timm
@@ -43,7 +43,7 @@ class Case:
     """An architecture in a form; None is timm's own."""
 
     arch: str
-    form: Optional[str]
+    form: str | None
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ def close(got: Tensor, wanted: Tensor, rtol: float = 1e-3) -> None:
     torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * max(scale, 1e-3))
 
 
-def step(model: nn.Module, x: Tensor, forward: Optional[Callable] = None) -> None:
+def step(model: nn.Module, x: Tensor, forward: Callable | None = None) -> None:
     """One training step that moves something, with finite numbers."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
@@ -126,7 +126,7 @@ def cases(habits: dict[str, Callable], heavy: tuple[str, ...] = ()) -> list[Any]
     return found
 
 
-def parity(habit: Callable, case: Case, limits: dict[tuple[str, str], str], folder: Optional[Path] = None) -> None:
+def parity(habit: Callable, case: Case, limits: dict[tuple[str, str], str], folder: Path | None = None) -> None:
     """What the plain architecture does the faim one does; a documented limit fails here once it is gone.
 
     Args:

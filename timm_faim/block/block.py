@@ -1,6 +1,6 @@
 """FAIMBlock: log map → W → exp map around any module."""
 
-from typing import Any, Union
+from typing import Any
 
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class FAIMBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        inner: Union[str, nn.Module] = "mlp",
+        inner: str | nn.Module = "mlp",
         *,
         residual: str = "none",
         inner_options: Any = None,

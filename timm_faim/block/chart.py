@@ -1,7 +1,6 @@
 """FAIMChart: a metric with a base point, the coordinates in which a FAIM block works."""
 
 import math
-from typing import Optional, Union
 
 import torch
 from timm.layers import Mlp
@@ -38,14 +37,14 @@ class FAIMChart(FillsMissing, nn.Module):
     def __init__(
         self,
         dim: int,
-        metric: Optional[FAIMMetric] = None,
+        metric: FAIMMetric | None = None,
         *,
         base: str = "learned",
         full_sigma: bool = False,
         symmetric: bool = True,
         channels_first: bool = False,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if base not in BASES:
@@ -79,8 +78,8 @@ class FAIMChart(FillsMissing, nn.Module):
             self.metric.start_at(beta_std=1.0 / math.sqrt(self.dim), sigma=1.0 - self.metric.eps)
 
     def forward(
-        self, x: Tensor, p: Optional[Tensor] = None, frame: Optional[Frame] = None
-    ) -> Union[Tensor, tuple[Tensor, Tensor, Frame]]:
+        self, x: Tensor, p: Tensor | None = None, frame: Frame | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Frame]:
         """Into the tangent space and back; all that reads parameters in a forward pass, so that hooks see it.
 
         Args:
@@ -114,11 +113,11 @@ class FAIMChart(FillsMissing, nn.Module):
         """The metric's frame for an input x, to be used by both maps of a forward pass."""
         return self.metric(x, frame=True)
 
-    def log(self, x: Tensor, p: Tensor, frame: Optional[Frame] = None) -> Tensor:
+    def log(self, x: Tensor, p: Tensor, frame: Frame | None = None) -> Tensor:
         """log_p(x), see :func:`timm_faim.log_map`."""
         return log_map(x, p, self.metric, 1 if self.channels_first else -1, frame)
 
-    def exp(self, w: Tensor, p: Tensor, frame: Optional[Frame] = None) -> Tensor:
+    def exp(self, w: Tensor, p: Tensor, frame: Frame | None = None) -> Tensor:
         """exp_p(w), see :func:`timm_faim.exp_map`."""
         return exp_map(w, p, self.metric, 1 if self.channels_first else -1, frame)
 

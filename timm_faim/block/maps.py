@@ -15,7 +15,6 @@ differ by at most (1 + 3 λ |β̂|) sqrt(δ).
 Shapes: D features, any other dimensions.
 """
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from timm_faim.metric import FAIMMetric, without_autocast
 from timm_faim.metric.frame import Frame
 
 
-def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
+def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Frame | None = None) -> Tensor:
     """Coordinates log_p(x) of points x seen from p, of Euclidean length F(x - p); in the dtype of x.
 
     Args:
@@ -40,7 +39,7 @@ def log_map(x: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Opti
     return _apply(_log, x, p, metric, dim, frame)
 
 
-def exp_map(w: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Optional[Frame] = None) -> Tensor:
+def exp_map(w: Tensor, p: Tensor, metric: FAIMMetric, dim: int = -1, frame: Frame | None = None) -> Tensor:
     """The point exp_p(w) whose coordinates seen from p are w, the inverse of :func:`log_map`; in the dtype of w.
 
     Args:
@@ -79,7 +78,7 @@ def _root(square: Tensor, delta: float) -> Tensor:
     return (square + delta).clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
-def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int, frame: Optional[Frame] = None) -> Tensor:
+def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int, frame: Frame | None = None) -> Tensor:
     if x.shape[dim] != metric.in_features:
         raise ValueError(f"expected {metric.in_features} features at dimension {dim}, got shape {list(x.shape)}")
     if p.shape[-1 if p.dim() == 1 else dim] != metric.in_features:
@@ -90,7 +89,7 @@ def _apply(map_, x: Tensor, p: Tensor, metric: FAIMMetric, dim: int, frame: Opti
     return without_autocast(_apply_last, x, p, map_, metric, frame)
 
 
-def _apply_last(x: Tensor, p: Tensor, map_, metric: FAIMMetric, frame: Optional[Frame]) -> Tensor:
+def _apply_last(x: Tensor, p: Tensor, map_, metric: FAIMMetric, frame: Frame | None) -> Tensor:
     """Features at the last dimension, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     if frame is None or frame.one_form_D.dtype != dtype:

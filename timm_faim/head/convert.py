@@ -20,7 +20,7 @@ Shapes: N features, C classes, D features' width. Everything is solved in float6
 
 import math
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .head import FAIMHead
 from .presets import PRESETS
 
-Linear = Union[nn.Linear, nn.Conv2d]
+Linear = nn.Linear | nn.Conv2d
 
 # Assumed where there are no features to measure: the logits of one image have this standard deviation over the classes.
 ASSUMED_SPREAD = 2.0
@@ -44,10 +44,10 @@ _ROUND_OFF = 1e-8  # of the logits' spread: what a solvable system leaves in flo
 def from_linear(
     linear: Linear,
     *,
-    features: Optional[Tensor] = None,
-    prior: Optional[bool] = None,
-    faim_cfg: Optional[Mapping[str, Any]] = None,
-    feature_norm: Optional[float] = None,
+    features: Tensor | None = None,
+    prior: bool | None = None,
+    faim_cfg: Mapping[str, Any] | None = None,
+    feature_norm: float | None = None,
 ) -> FAIMHead:
     """A FAIM head that classifies as a linear layer does: the same argmax, nearly the same softmax.
 
@@ -132,7 +132,7 @@ def from_linear(
     return head.train(linear.training)
 
 
-def contradiction(faim_cfg: Mapping[str, Any]) -> Optional[str]:
+def contradiction(faim_cfg: Mapping[str, Any]) -> str | None:
     """What among explicitly given head options rules a conversion out, as the end of a sentence; None if nothing."""
     if faim_cfg.get("preset", "flat") != "flat":
         return f"preset={faim_cfg['preset']!r}: a linear classifier becomes a head of preset 'flat'; leave preset out"
@@ -212,7 +212,7 @@ def estimated_norm(weight_CD: Tensor) -> float:
 
 
 def _placement(
-    weight_CD: Tensor, bias_C: Tensor, norm: float, spread: float, dtype: torch.dtype, prior: Optional[bool]
+    weight_CD: Tensor, bias_C: Tensor, norm: float, spread: float, dtype: torch.dtype, prior: bool | None
 ) -> tuple[float, Tensor, bool]:
     """The scale a, the shift t [D] of the prototypes, and whether the head has a prior (which takes the rest up)."""
     C, D = weight_CD.shape

@@ -19,7 +19,6 @@ Shapes: N samples, C classes, D features.
 import logging
 import math
 from collections.abc import Iterable
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +202,7 @@ def fit_(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     shrinkage: float = 0.3,
-    device: Optional[torch.device] = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Set every FAIM head of ``model``, in place and in closed form, from (images [B, ...], class indices [B]).
 
@@ -223,7 +222,7 @@ def fit_(
         raise ValueError("the model has no FAIM head to fit; create it under its faim_ name")
     stats = {name: HeadStatistics(head) for name, head in heads.items()}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    problem: Optional[str] = None
+    problem: str | None = None
     forward = None if device is None else lambda images: model(images.to(device))
     for inputs, targets in layer_inputs(model, heads, batches, forward):
         try:
@@ -247,9 +246,9 @@ def fit_(
     return model
 
 
-def _raise_together(problem: Optional[str]) -> None:
+def _raise_together(problem: str | None) -> None:
     """Raise the first rank's problem on every rank; a collective call."""
-    problems: list[Optional[str]] = [None] * torch.distributed.get_world_size()
+    problems: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
         if found is not None:

@@ -1,7 +1,6 @@
 """FAIMHead: one prototype per class, logits = -γ d_F(x, μ_k)."""
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +83,8 @@ class FAIMHead(FillsMissing, nn.Module):
         prior: bool = False,
         init: str = "scaled",
         eps: float = 1e-6,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if space not in SPACES:

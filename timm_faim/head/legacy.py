@@ -1,7 +1,6 @@
 """State dicts of earlier heads: the founding code's names, and prototypes of heads that had no frame yet."""
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ def log_of_identity(eps: float) -> float:
     return math.log1p(-min(eps, 0.5))
 
 
-def modernise(state: StateDict, prefix: str, space: str, eps: float, has_no_one_form: bool) -> Optional[str]:
+def modernise(state: StateDict, prefix: str, space: str, eps: float, has_no_one_form: bool) -> str | None:
     """Bring the entries of a head to today's names and coordinates, in place.
 
     Args:

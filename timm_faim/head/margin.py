@@ -8,7 +8,6 @@ unchanged under DistributedDataParallel, torch.compile and timm's training tasks
 
 import copy
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ class TargetMargin(nn.Module):
         copied._heads = [memo.get(id(head), head) for head in self._heads]
         return copied.train(self.training)
 
-    def forward(self, output: Union[Tensor, Sequence[Tensor]], target: Tensor) -> Tensor:
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
         """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""
         heads = [head for head in self._heads if head.training]
         if heads:

@@ -5,7 +5,7 @@ Shapes: B images, D features, N tokens.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def layer_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[tuple[Tensor, Any]],
-    forward: Optional[Callable[[Tensor], Any]] = None,
+    forward: Callable[[Tensor], Any] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """What enters ``layers`` for each batch, in eval mode and without gradients.
 

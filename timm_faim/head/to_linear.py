@@ -5,7 +5,6 @@ Shapes: N features, C classes, D features' width.
 
 import copy
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from .head import FAIMHead
 
 
 @torch.no_grad()
-def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
+def to_linear(head: FAIMHead, features: Tensor | None = None) -> nn.Linear:
     """The linear layer that classifies as a FAIM head without 1-form does, for deployment.
 
     A head without a prior keeps its argmax, and the whole order of the classes, exactly. The softmax, and with a prior
@@ -52,7 +51,7 @@ def to_linear(head: FAIMHead, features: Optional[Tensor] = None) -> nn.Linear:
     return linear.train(head.training)
 
 
-def _sphere_layer(head: FAIMHead, x_ND: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def _sphere_layer(head: FAIMHead, x_ND: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights and biases of features x - c: d_k² = 2 - 2 z·m_k / |z| + ε, its root expanded at one common distance."""
     z_ND = None if x_ND is None else x_ND if head.whiten is None else _framed(x_ND - head.center, head)
     length = math.sqrt(head.in_features) if z_ND is None else z_ND.norm(dim=1).mean()
@@ -77,7 +76,7 @@ def _deciding_distance(head: FAIMHead, x_ND: Tensor) -> Tensor:
     return ((-gamma * distance_NC).softmax(-1) * distance_NC).sum(1).mean()
 
 
-def _flat_layer(head: FAIMHead, x_ND: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def _flat_layer(head: FAIMHead, x_ND: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights and biases: d_k² = |x - o|² - 2 (x - o)'Σ(μ_k - o) + |μ_k - o|²; o only decides where the root is
     expanded."""
     sigma_DD = head.metric.sigma()

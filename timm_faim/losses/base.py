@@ -1,7 +1,7 @@
 """What the losses share: their metric, the checks of their input, references, and the mean over what counts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class MetricHolder:
     """A head or a metric that is shared, and then no submodule, or a metric that is owned."""
 
     def hold_metric(
-        self, metric: Union[None, FAIMHead, FAIMMetric], in_features: Optional[int], normalize: bool
+        self, metric: None | FAIMHead | FAIMMetric, in_features: int | None, normalize: bool
     ) -> None:
         """Share a head or a metric, or own a new one of width ``in_features`` under which random points are about 1
         apart.
@@ -74,11 +74,11 @@ class FAIMLoss(MetricHolder, nn.Module):
 
     def __init__(
         self,
-        metric: Union[None, FAIMHead, FAIMMetric] = None,
-        in_features: Optional[int] = None,
+        metric: None | FAIMHead | FAIMMetric = None,
+        in_features: int | None = None,
         *,
         normalize: bool = False,
-        reducer: Optional[Callable] = None,
+        reducer: Callable | None = None,
         cross_rank: bool = False,
         check_finite: bool = True,
     ) -> None:
@@ -92,10 +92,10 @@ class FAIMLoss(MetricHolder, nn.Module):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Optional[Tensor] = None,
-        indices_tuple: Optional[Sequence[Tensor]] = None,
-        ref_emb: Optional[Tensor] = None,
-        ref_labels: Optional[Tensor] = None,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar (what the reducer makes of it, with one); arguments as in pytorch-metric-learning.
 
@@ -121,7 +121,7 @@ class FAIMLoss(MetricHolder, nn.Module):
         is_own = are_own(embeddings, labels, ref_emb, ref_labels)
         y_ND = x_BD if is_own else self.embed(ref_emb)
         ref_labels = labels if is_own else ref_labels
-        own: Optional[int] = 0 if is_own else None
+        own: int | None = 0 if is_own else None
         if self.is_gathered() and indices_tuple is None:  # a miner's indices count the rows of this process
             y_ND = gather_with_gradient(y_ND)
             ref_labels = None if ref_labels is None else gather_all(ref_labels)
@@ -152,10 +152,10 @@ class FAIMLoss(MetricHolder, nn.Module):
     def check(
         self,
         embeddings: Tensor,
-        labels: Optional[Tensor],
-        indices_tuple: Optional[Sequence[Tensor]],
-        ref_emb: Optional[Tensor],
-        ref_labels: Optional[Tensor],
+        labels: Tensor | None,
+        indices_tuple: Sequence[Tensor] | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
     ) -> None:
         """Raise ValueError for input that :meth:`forward` does not take."""
         if labels is None and indices_tuple is None:
@@ -182,7 +182,7 @@ class FAIMLoss(MetricHolder, nn.Module):
         """Whether other processes take part."""
         return self.cross_rank and world_size() > 1
 
-    def reduce(self, losses_B: Tensor, counts_B: Tensor, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
+    def reduce(self, losses_B: Tensor, counts_B: Tensor, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """The mean of what :meth:`row_losses` gives, or what the reducer makes of each anchor's mean."""
         if self.reducer is not None:
             return self._reduced(losses_B / counts_B.clamp_min(1), embeddings, labels)
@@ -193,7 +193,7 @@ class FAIMLoss(MetricHolder, nn.Module):
             count = mean_over_processes(count)
         return total / torch.where(count > 0, count, torch.ones_like(count))
 
-    def _reduced(self, losses_B: Tensor, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
+    def _reduced(self, losses_B: Tensor, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         indices = torch.arange(len(losses_B), device=losses_B.device)
         element = {"losses": losses_B, "indices": indices, "reduction_type": "element"}
         return self.reducer({"loss": element}, embeddings, labels)
@@ -202,12 +202,12 @@ class FAIMLoss(MetricHolder, nn.Module):
         return f"{self.metric.in_features}, normalize={self._normalizes}, cross_rank={self.cross_rank}"
 
 
-def are_own(embeddings: Tensor, labels: Any, ref_emb: Optional[Tensor], ref_labels: Any) -> bool:
+def are_own(embeddings: Tensor, labels: Any, ref_emb: Tensor | None, ref_labels: Any) -> bool:
     """Whether the references are the embeddings themselves, so that none is compared with itself."""
     return ref_emb is None or ref_emb is embeddings and (ref_labels is None or ref_labels is labels)
 
 
-def check_labels(labels: Optional[Tensor], count: int, name: str = "labels") -> None:
+def check_labels(labels: Tensor | None, count: int, name: str = "labels") -> None:
     """Raise ValueError for class labels that are not integers [count]; None passes."""
     if labels is None:
         return

@@ -1,7 +1,7 @@
 """InfoNCE (NT-Xent and SupCon) and N-pair losses with logits -d_F(x, y) / τ."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class FAIMInfoNCELoss(FAIMLoss):
     """
 
     def __init__(
-        self, metric: Any = None, in_features: Optional[int] = None, temperature: float = 0.1, *,
+        self, metric: Any = None, in_features: int | None = None, temperature: float = 0.1, *,
         form: str = "ntxent", **options: Any,
     ) -> None:
         super().__init__(metric, in_features, **options)
@@ -80,7 +80,7 @@ class FAIMNPairLoss(FAIMLoss):
     """
 
     def __init__(
-        self, metric: Any = None, in_features: Optional[int] = None, temperature: float = 0.1, **options: Any
+        self, metric: Any = None, in_features: int | None = None, temperature: float = 0.1, **options: Any
     ) -> None:
         super().__init__(metric, in_features, **options)
         self.temperature = check_positive(temperature, "temperature")
@@ -88,10 +88,10 @@ class FAIMNPairLoss(FAIMLoss):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Optional[Tensor] = None,
-        indices_tuple: Optional[Sequence[Tensor]] = None,
-        ref_emb: Optional[Tensor] = None,
-        ref_labels: Optional[Tensor] = None,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar; arguments as in :meth:`FAIMLoss.forward`."""
         if labels is None or indices_tuple is not None:

@@ -1,7 +1,7 @@
 """FAIMDistance: d_F for the losses, miners, reducers and testers of pytorch-metric-learning."""
 
 from functools import wraps
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class FAIMDistance(MetricHolder, BaseDistance):
 
     def __init__(
         self,
-        metric: Union[None, FAIMHead, FAIMMetric] = None,
-        in_features: Optional[int] = None,
+        metric: None | FAIMHead | FAIMMetric = None,
+        in_features: int | None = None,
         *,
         normalize_embeddings: bool = False,
         **options: Any,
@@ -60,11 +60,11 @@ class FAIMDistance(MetricHolder, BaseDistance):
             raise ValueError("is_inverted must be False: d_F is a distance, smaller is more similar")
         self.hold_metric(metric, in_features, normalize_embeddings)
 
-    def forward(self, query_emb: Tensor, ref_emb: Optional[Tensor] = None) -> Tensor:
+    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """See :meth:`compute_mat`; in the dtype of the queries, however they are embedded."""
         return super().forward(query_emb, ref_emb).to(query_emb.dtype)
 
-    def compute_mat(self, query_emb: Tensor, ref_emb: Optional[Tensor]) -> Tensor:
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor | None) -> Tensor:
         """d_F(query, reference) [B, N] of queries [B, D] and references [N, D] (None: the queries)."""
         return self.metric(query_emb, query_emb if ref_emb is None else ref_emb)
 

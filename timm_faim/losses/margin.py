@@ -1,6 +1,6 @@
 """Cross entropy over prototypes with a margin on the target's geodesic: the role of ArcFace and CosFace."""
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,12 @@ class FAIMMarginLoss(nn.Module):
 
     def __init__(
         self,
-        num_classes: Optional[int] = None,
-        in_features: Optional[int] = None,
+        num_classes: int | None = None,
+        in_features: int | None = None,
         *,
-        head: Optional[FAIMHead] = None,
+        head: FAIMHead | None = None,
         margin: float = 0.15,
-        class_counts: Optional[Union[Tensor, list[int]]] = None,
+        class_counts: Tensor | list[int] | None = None,
         scale: float = 24.0,
         space: str = "sphere",
         reducer: Any = None,

@@ -5,7 +5,7 @@ Shapes: B rows (queries, anchors), N columns (references), D features, b rows of
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class Pairs:
         masks: positives and negatives [B, N] instead of labels.
     """
 
-    labels: Optional[Tensor]
-    ref_labels: Optional[Tensor]
-    own: Optional[int]
-    masks: Optional[tuple[Tensor, Tensor]] = None
+    labels: Tensor | None
+    ref_labels: Tensor | None
+    own: int | None
+    masks: tuple[Tensor, Tensor] | None = None
 
     def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Positives and negatives [b, N] (bool) of rows ``start`` to ``stop``."""

@@ -1,7 +1,7 @@
 """Triplet loss with d_F: margin + d_F(anchor, positive) - d_F(anchor, negative)."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class FAIMTripletLoss(FAIMLoss):
     """
 
     def __init__(
-        self, metric: Any = None, in_features: Optional[int] = None, margin: float = 0.2, *,
+        self, metric: Any = None, in_features: int | None = None, margin: float = 0.2, *,
         mining: str = "batch-hard", soft_margin: bool = False, **options: Any,
     ) -> None:
         super().__init__(metric, in_features, **options)
@@ -53,10 +53,10 @@ class FAIMTripletLoss(FAIMLoss):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Optional[Tensor] = None,
-        indices_tuple: Optional[Sequence[Tensor]] = None,
-        ref_emb: Optional[Tensor] = None,
-        ref_labels: Optional[Tensor] = None,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar; arguments as in :meth:`FAIMLoss.forward`."""
         if indices_tuple is None or len(indices_tuple) != 3:

@@ -2,7 +2,6 @@
 
 import math
 from numbers import Integral, Real
-from typing import Optional
 
 
 def checked_count(name: str, value: object, hint: str = "") -> int:
@@ -20,7 +19,7 @@ def checked_count(name: str, value: object, hint: str = "") -> int:
 
 
 def checked_number(
-    name: str, value: object, least: float = 0.0, most: Optional[float] = None, *, above: bool = False, hint: str = ""
+    name: str, value: object, least: float = 0.0, most: float | None = None, *, above: bool = False, hint: str = ""
 ) -> float:
     """A finite number in [least, most], with ``above`` greater than ``least``.
 

@@ -3,7 +3,7 @@
 Shapes: D features, any leading dimensions.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Frame(NamedTuple):  # a tuple: hooks of modules look for tensors in it
     """A as its diagonal or by its lower-triangular factor K (A = Kᵀ, Σ = K Kᵀ), and the 1-form β̂ = A⁻ᵀβ in it."""
 
-    root_D: Optional[Tensor]
-    factor_DD: Optional[Tensor]
+    root_D: Tensor | None
+    factor_DD: Tensor | None
     one_form_D: Tensor
     lmbda: Tensor
 

@@ -11,7 +11,6 @@ Shapes: B points x, C points y (prototypes), D features. Σ is given as its diag
 lower-triangular ``tril_DD`` with Σ = T T' + ε I; exactly one of the two is set.
 """
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def reference_distance(
     return torch.sqrt(q + eps) + lmbda * one_form_term(b, symmetric, eps)
 
 
-def squared_norm(v_BD: Tensor, sigma_D: Optional[Tensor], tril_DD: Optional[Tensor], eps: float) -> Tensor:
+def squared_norm(v_BD: Tensor, sigma_D: Tensor | None, tril_DD: Tensor | None, eps: float) -> Tensor:
     """v' Σ v [B] of each row."""
     if sigma_D is not None:
         return torch.mv(v_BD * v_BD, sigma_D)
@@ -51,7 +50,7 @@ def squared_norm(v_BD: Tensor, sigma_D: Optional[Tensor], tril_DD: Optional[Tens
     return tri_matmul(v_BD, tril_DD).square().sum(-1) + eps * v_BD.square().sum(-1)
 
 
-def sigma_product(v_BD: Tensor, sigma_D: Optional[Tensor], tril_DD: Optional[Tensor], eps: float) -> Tensor:
+def sigma_product(v_BD: Tensor, sigma_D: Tensor | None, tril_DD: Tensor | None, eps: float) -> Tensor:
     """Σ v [B, D] of each row."""
     if sigma_D is not None:
         return v_BD * sigma_D
@@ -62,8 +61,8 @@ def sigma_product(v_BD: Tensor, sigma_D: Optional[Tensor], tril_DD: Optional[Ten
 def gemm_distance(
     x_BD: Tensor,
     y_CD: Tensor,
-    sigma_D: Optional[Tensor],
-    tril_DD: Optional[Tensor],
+    sigma_D: Tensor | None,
+    tril_DD: Tensor | None,
     beta_D: Tensor,
     lmbda: Tensor,
     eps: float,

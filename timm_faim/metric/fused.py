@@ -14,7 +14,6 @@ Tensors made here are overwritten in place once they are no longer needed: an al
 more than the arithmetic on it.
 """
 
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from .triangular import tri_matmul, tri_matmul_t, tri_outer
 def fused_distance(
     x_BD: Tensor,
     y_CD: Tensor,
-    sigma_D: Optional[Tensor],
-    tril_DD: Optional[Tensor],
+    sigma_D: Tensor | None,
+    tril_DD: Tensor | None,
     beta_D: Tensor,
     lmbda: Tensor,
     scale: Tensor,
@@ -144,7 +143,7 @@ def _pull_back(
 
 def _one_form(
     bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, slope: bool
-) -> tuple[Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """The 1-form term [B, C] and, if asked, its derivative with respect to b = β'(x - y)."""
     b_BC = bx_B[:, None] - by_C
     if not symmetric:
@@ -160,7 +159,7 @@ def _plain_gradient(ctx, inputs: list, G_BC: Tensor) -> tuple:
     out = scale * gemm_distance(x, y, diagonal, tril, beta, lmbda, ctx.eps, ctx.symmetric)
     wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
     grads = torch.autograd.grad(out, [inputs[i] for i in wanted], G_BC, create_graph=True)
-    full: list[Optional[Tensor]] = [None] * 8
+    full: list[Tensor | None] = [None] * 8
     for i, grad in zip(wanted, grads, strict=True):
         full[i] = grad
     return tuple(full)

@@ -7,7 +7,6 @@ the promoted dtype of features and parameters: float32 under autocast, bfloat16 
 """
 
 import math
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +54,8 @@ class FAIMMetric(FillsMissing, nn.Module):
         lambda_init: float = 0.1,
         *,
         eps: float = 1e-6,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -76,7 +75,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         self._start: tuple[float, float] = (1.0, 1.0 / math.sqrt(self.in_features))
         self.reset_parameters()
 
-    def start_at(self, sigma: float = 1.0, beta_std: Optional[float] = None) -> None:
+    def start_at(self, sigma: float = 1.0, beta_std: float | None = None) -> None:
         """Reset, now and by every later :meth:`reset_parameters`, to Σ = sigma · I and β ~ N(0, beta_std²) (default
         sigma / D, a 1-form of Σ⁻¹-norm about 1)."""
         self._start = (sigma, math.sqrt(sigma / self.in_features) if beta_std is None else beta_std)
@@ -99,7 +98,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         self.start_at(sigma=1.0 / (squared * one_form**2))
 
     def forward(
-        self, x: Tensor, y: Optional[Tensor] = None, scale: Optional[Tensor] = None, frame: bool = False
+        self, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None, frame: bool = False
     ) -> Tensor:
         """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], or without y the norms F(x) [...].
 
@@ -133,7 +132,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         """F(v) of vectors v [..., D] -> [...]; d_F(x, y) of paired points is ``norm(x - y)``."""
         return self(v)
 
-    def _norm_or_distance(self, x: Tensor, y: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
+    def _norm_or_distance(self, x: Tensor, y: Tensor | None, scale: Tensor | None) -> Tensor:
         return self._norm(x) if y is None else self._scaled_distance(x, y, scale)
 
     def _norm(self, v: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ class FAIMMetric(FillsMissing, nn.Module):
             return tril @ tril.t() + self.eps * torch.eye(self.in_features, device=tril.device, dtype=tril.dtype)
         return torch.diag(self.log_sigma_diag.exp() + self.eps)
 
-    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Optional[Tensor]) -> Tensor:
+    def _scaled_distance(self, x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
         out_dtype, dtype = _dtypes(x, y)
         sigma, tril, beta, lmbda = self.tensors(dtype)
         flat = x.to(dtype).reshape(-1, self.in_features)
@@ -173,10 +172,10 @@ class FAIMMetric(FillsMissing, nn.Module):
         d = scale * gemm_distance(flat, y, sigma, tril, beta, lmbda, self.eps, self.symmetric)
         return d.to(out_dtype).reshape(shape)
 
-    def tensors(self, dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Effective diagonal of Σ or lower-triangular factor, β and λ in ``dtype``."""
-        sigma: Optional[Tensor] = None
-        tril: Optional[Tensor] = None
+        sigma: Tensor | None = None
+        tril: Tensor | None = None
         if self.L is not None:
             tril = torch.tril(self.L.to(dtype))
         if self.log_sigma_diag is not None:
@@ -188,7 +187,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         return sigma, tril, beta, lmbda
 
     def _randers_factor(
-        self, sigma: Optional[Tensor], tril: Optional[Tensor], beta: Tensor, lmbda: Tensor
+        self, sigma: Tensor | None, tril: Tensor | None, beta: Tensor, lmbda: Tensor
     ) -> Tensor:
         if sigma is not None:
             dual = (beta * beta / sigma).sum()

@@ -10,7 +10,7 @@ The model's class becomes a subclass made on the fly (``isinstance`` of the timm
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from .config import of_heads
 
 
 def attach_heads(
-    model: nn.Module, faim_cfg: dict[str, Any], ready: Optional[Mapping[str, FAIMHead]] = None
+    model: nn.Module, faim_cfg: dict[str, Any], ready: Mapping[str, FAIMHead] | None = None
 ) -> nn.Module:
     """Replace the classifiers of a timm model by FAIM heads, in place.
 
@@ -166,7 +166,7 @@ def _keep_unfused(model: nn.Module, parent_name: str) -> None:
         parent_name = parent_name.rpartition(".")[0]
 
 
-def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
+def _find(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
     except AttributeError:  # inside a container that num_classes=0 leaves out

@@ -7,7 +7,7 @@ gives one of the same shape; which ones do is seen on a copy of the model on the
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from timm.models import FeatureGraphNet, get_model_input_config, model_entrypoint
@@ -76,7 +76,7 @@ def insert_charts(model: nn.Module, arch: str, faim_cfg: Mapping[str, Any], argu
         have = f"{len(places)}: {', '.join(place.name for place in places)}" if places else "none"
         raise ValueError(f"faim_cfg blocks={count}: blocks that take and give one tensor of one shape, {PREFIX}{arch} "
                          f"has {have}. Ask for {'no more than that' if places else 'blocks=0'}")  # fmt: skip
-    shared: Optional[FAIMMetric] = None
+    shared: FAIMMetric | None = None
     for place in places[len(places) - count :]:
         block = _find(model, place.name)
         if block is None:  # in a stage that out_indices leave out
@@ -161,7 +161,7 @@ class _Calls:
         if isinstance(inputs[0], Tensor):
             self.layers.append((layer, inputs[0].shape))
 
-    def place(self, name: str, default_axis: int) -> Optional[Place]:
+    def place(self, name: str, default_axis: int) -> Place | None:
         """Where a block called once, with one tensor of its output's shape, has its features; None for others."""
         if len(self.calls) != 1 or not self.calls[0][0]:
             return None
@@ -190,7 +190,7 @@ class _Calls:
         return default
 
 
-def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
+def _find(model: nn.Module, name: str) -> nn.Module | None:
     """A submodule by name, also in timm's feature extractors: behind one of INNER, or with stages_3 for stages.3."""
     if not hasattr(model, name.partition(".")[0]):
         model = next((getattr(model, inner) for inner in INNER if hasattr(model, inner)), model)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
@@ -25,8 +25,8 @@ CHART = ".faim_chart."  # in the keys of the charts of FAIM blocks
 
 
 def read_faim_state_dict(
-    pretrained_cfg: Union[None, str, dict[str, Any], PretrainedCfg], cache_dir: Union[None, str, Path] = None
-) -> Optional[StateDict]:
+    pretrained_cfg: None | str | dict[str, Any] | PretrainedCfg, cache_dir: None | str | Path = None
+) -> StateDict | None:
     """The weights that a pretrained_cfg points at if they hold FAIM heads; None for a timm tag or a plain backbone."""
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
@@ -46,7 +46,7 @@ def read_faim_state_dict(
     return state_dict if _head_names(state_dict) or any(CHART in key for key in state_dict) else None
 
 
-def read_published(entry: Entry, cache_dir: Union[None, str, Path] = None) -> StateDict:
+def read_published(entry: Entry, cache_dir: None | str | Path = None) -> StateDict:
     """The weights of an entry of hub_configs/, from the Hub or its cache, verified against the entry's sha256.
 
     Raises:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 from timm_faim.block.chart import BASES
 from timm_faim.documents import short_errors
@@ -18,7 +18,7 @@ _EARLIER_KEYS = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init",
                  "prior", "margin", "eps"}  # fmt: skip
 
 
-def nearest(name: str, known: Iterable[str]) -> Optional[str]:
+def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that comes nearest to a wrong one; None where none is near."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
@@ -34,7 +34,7 @@ def block_options() -> dict[str, Any]:
     return dict(_BLOCK_OPTIONS)
 
 
-def of_heads(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+def of_heads(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keys of a ``faim_cfg`` that are arguments of FAIMHead."""
     return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "preset"}
 
@@ -45,7 +45,7 @@ def may_be_converted(faim_cfg: Mapping[str, Any]) -> bool:
 
 
 @short_errors()
-def resolve_faim_cfg(faim_cfg: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+def resolve_faim_cfg(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     """``faim_cfg`` completed with its preset and the defaults, so that a saved config does not depend on later ones.
 
     ``preset`` names one of :data:`timm_faim.head.PRESETS` (default "indicatrix"); other keys win over it.

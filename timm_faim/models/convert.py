@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,15 @@ from .config import PREFIX, of_heads, resolve_faim_cfg
 
 _logger = logging.getLogger(__name__)
 
-Batch = Union[Tensor, Sequence[Tensor]]
+Batch = Tensor | Sequence[Tensor]
 
 _MAX_FEATURES = 1024  # kept for a head: few numbers are measured, and heads on tokens see hundreds an image
 
 
 def convert_(
     model: nn.Module,
-    batches: Union[None, Tensor, Iterable[Batch]] = None,
-    faim_cfg: Optional[Mapping[str, Any]] = None,
+    batches: None | Tensor | Iterable[Batch] = None,
+    faim_cfg: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Make a timm model with linear classifiers its ``faim_`` twin, in place, without training.
 
@@ -77,7 +77,7 @@ def convert_(
 
 
 def _convert_layers(
-    layers: Mapping[str, nn.Module], features: Mapping[str, Tensor], faim_cfg: Optional[Mapping[str, Any]]
+    layers: Mapping[str, nn.Module], features: Mapping[str, Tensor], faim_cfg: Mapping[str, Any] | None
 ) -> dict[str, FAIMHead]:
     """A head of each layer, all with a prior or all without: one faim_cfg describes them."""
     heads = {n: from_linear(layer, features=features.get(n), faim_cfg=faim_cfg) for n, layer in layers.items()}
@@ -90,7 +90,7 @@ def _convert_layers(
     return heads
 
 
-def _say_agreement(name: str, head: FAIMHead, layer: nn.Module, features: Optional[Tensor]) -> str:
+def _say_agreement(name: str, head: FAIMHead, layer: nn.Module, features: Tensor | None) -> str:
     measured_on = "made-up features" if features is None else "calibration features"
     features = probe_features(layer) if features is None else features
     got = agreement(head, layer, features)
@@ -101,7 +101,7 @@ def _say_agreement(name: str, head: FAIMHead, layer: nn.Module, features: Option
 
 
 def _classifier_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Union[Tensor, Iterable[Batch]]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Tensor | Iterable[Batch]
 ) -> dict[str, Tensor]:
     """Features [N, D] that reach each classifier; tokens and positions count as features of their own."""
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections import deque
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import timm
 from timm.models import (
@@ -99,8 +99,8 @@ def _create(
     arch: str,
     pretrained: bool,
     pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
-    faim_cfg: Optional[dict[str, Any]] = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    faim_cfg: dict[str, Any] | None = None,
     pretrained_head: str = "keep",
     **kwargs: Any,
 ) -> nn.Module:
@@ -148,7 +148,7 @@ def _create(
     return model
 
 
-def _not_convertible(model: nn.Module, arch: str, keeps: bool) -> Optional[str]:
+def _not_convertible(model: nn.Module, arch: str, keeps: bool) -> str | None:
     """Why a model with its weights loaded does not keep their classes as a FAIM head; None if it does."""
     if not keeps:
         return "as asked for by pretrained_head='fresh'"
@@ -190,7 +190,7 @@ def _create_from_checkpoint(
 
 
 def _create_published(
-    arch: str, entry: Entry, pretrained: bool, overlay: Optional[dict[str, Any]], faim_cfg: Optional[dict[str, Any]],
+    arch: str, entry: Entry, pretrained: bool, overlay: dict[str, Any] | None, faim_cfg: dict[str, Any] | None,
     keeps: bool, **kwargs: Any,
 ) -> nn.Module:
     """The model of an entry of hub_configs/, as it was trained unless the arguments say otherwise."""

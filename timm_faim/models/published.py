@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import PretrainedCfg
@@ -67,11 +67,11 @@ class Entry:
     dataset: dict[str, str]
     license: str
     repo_id: str = ""  # the default follows from organisation, architecture and tag
-    revision: Optional[str] = None  # commit of the repository; None before the first publication
-    sha256: Optional[str] = None  # of model.safetensors
+    revision: str | None = None  # commit of the repository; None before the first publication
+    sha256: str | None = None  # of model.safetensors
     recipe: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
-    label_file: Optional[str] = None  # beside the entry, one name a line
+    label_file: str | None = None  # beside the entry, one name a line
     probe_logits: list[float] = field(default_factory=list)  # see `timm_faim.hub.entries`
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class Entry:
         return PretrainedCfg(**given, architecture=self.architecture, tag=self.tag, num_classes=self.num_classes,
                              license=self.license, hf_hub_id=self.hub_id if self.revision else None)
 
-    def label_names(self) -> Optional[list[str]]:
+    def label_names(self) -> list[str] | None:
         """Class names in the order of their indices."""
         if self.label_file is None:
             return None

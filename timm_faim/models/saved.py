@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import timm
 from timm.models import PretrainedCfg
@@ -127,7 +127,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_source(name, cfg, arguments)
 
 
-def _names(config: Mapping[str, Any]) -> Optional[tuple]:
+def _names(config: Mapping[str, Any]) -> tuple | None:
     names = config.get("label_names")
     if names is None:
         return None
