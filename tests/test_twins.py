@@ -288,6 +288,9 @@ def test_presets_are_overridden_by_other_keys():
     assert resolve_faim_cfg(dict(margin=0.5))["margin"] == 0.5
     founding = resolve_faim_cfg(dict(preset="founding"))
     assert founding["init"] == "seed" and founding["space"] == "flat" and founding["lambda_init"] == 0.1
+    for key, now in (("recipe", "preset"), ("normalize", "space"), ("full_sigm", "full_sigma")):
+        with pytest.raises(ValueError, match=f"unknown faim_cfg key '{key}'; did you mean '{now}'"):
+            resolve_faim_cfg({key: "plain"})
     with pytest.raises(ValueError, match="preset'\\] must be one of indicatrix, flat, founding, got 'best'"):
         resolve_faim_cfg(dict(preset="best"))
 

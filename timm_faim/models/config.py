@@ -14,6 +14,7 @@ _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": Fals
                   "block_shared": False}  # fmt: skip
 _GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
 # Of completed configs that were saved before `space`; "recipe" came later than the others.
+_NOW = {"recipe": "preset", "normalize": "space", "indicatrix": "space"}
 _EARLIER_KEYS = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init", "normalize", "learn_scale", "damping",
                  "prior", "margin", "eps"}  # fmt: skip
 
@@ -62,7 +63,7 @@ def resolve_faim_cfg(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     options = {"preset": DEFAULT_PRESET} | head_options() | block_options()
     for key, value in given.items():
         if key not in options:
-            near = nearest(key, options)
+            near = _NOW.get(key) or nearest(key, options)
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
         options[key] = _checked(key, value, options[key])
