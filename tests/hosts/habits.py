@@ -13,7 +13,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
-import timm_faim  # noqa: F401  registers the names
+from timm_faim import faim_heads
 
 SHARED = dict(blocks=2, block_shared=True)
 FORMS = {
@@ -97,7 +97,9 @@ def step(model: nn.Module, x: Tensor, forward: Callable | None = None) -> None:
 
 
 def heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The classifiers of a model by name."""
+    """The FAIM heads of a model by name, or what it calls its classifiers."""
+    if found := faim_heads(model):
+        return list(found.items())
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, (tuple, list)) else [classifiers]
     return [(name, module) for name, module in model.named_modules() if any(module is c for c in classifiers)]
