@@ -10,6 +10,7 @@
 The run folder gets summary.csv, learning_curve.png, report.html, args.yaml, config.json, last.safetensors,
 model_best.safetensors, top/ with the best epochs and checkpoints/ to resume from.
 """
+
 import argparse
 import logging
 import sys
@@ -81,8 +82,9 @@ def train_with(args: argparse.Namespace) -> None:
         finish.evaluate_only(args, model, data, val_loader, data_config["input_size"][-1], accelerator, log)
         return
 
-    order = TrainingOrder(train_loader, args.seed, accelerator.process_index,
-                          build_class_sampler(args, data, accelerator))
+    order = TrainingOrder(
+        train_loader, args.seed, accelerator.process_index, build_class_sampler(args, data, accelerator)
+    )
     frozen = apply_freeze(args, model)
     part, val_batches = model, val_loader
     if not args.epochs and not faim_heads(model):
@@ -90,7 +92,8 @@ def train_with(args: argparse.Namespace) -> None:
     if args.head_init == "data" and faim_heads(model):
         log("heads from class statistics of the training data")
         fit_heads_to(
-            model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator, "--head-init data")
+            model, build_fit_loader(args, data_config, accelerator, data.num_classes), accelerator, "--head-init data"
+        )
     if args.cache_features:
         clean = None if args.cache_views else build_fit_loader(args, data_config, accelerator, data.num_classes)
         order, val_batches = cache_features(args, model, order, clean, val_loader, accelerator)
@@ -108,8 +111,19 @@ def train_with(args: argparse.Namespace) -> None:
     task.trainable_module, optimizer = accelerator.prepare(trainable, optimizer)
 
     # Everything that a wrong option can break is built; from here on there is work to keep.
-    run = Training(args, accelerator, model, part, task, optimizer, order, None, scheduler,
-                   mixup=tasks.build_mixup(args, data.num_classes), frozen=frozen)
+    run = Training(
+        args,
+        accelerator,
+        model,
+        part,
+        task,
+        optimizer,
+        order,
+        None,
+        scheduler,
+        mixup=tasks.build_mixup(args, data.num_classes),
+        frozen=frozen,
+    )
     if args.head_refit is not None and faim_heads(model):
         clean = build_fit_loader(args, data_config, accelerator, data.num_classes)
         run.refit = build_refit(clean, args.head_refit, epochs)
@@ -117,11 +131,17 @@ def train_with(args: argparse.Namespace) -> None:
         dry_run(run, val_batches, epochs, log)
         return
     run.run_folder, checkpoint = open_run_folder(
-        args, requested, accelerator, data_config["input_size"][-1], epochs, len(data.train), log)
-    layout = {"processes": world, "batch_size": args.batch_size, "grad_accum_steps": args.grad_accum_steps,
-              "images": len(data.train)}
-    run.checkpointer = Checkpointer(accelerator, run.run_folder, trainable, optimizer, layout, scheduler,
-                                    task.get_trainable_module(ema=True))
+        args, requested, accelerator, data_config["input_size"][-1], epochs, len(data.train), log
+    )
+    layout = {
+        "processes": world,
+        "batch_size": args.batch_size,
+        "grad_accum_steps": args.grad_accum_steps,
+        "images": len(data.train),
+    }
+    run.checkpointer = Checkpointer(
+        accelerator, run.run_folder, trainable, optimizer, layout, scheduler, task.get_trainable_module(ema=True)
+    )
     if checkpoint is not None:
         check_same_head(model, run.run_folder, args.faim_cfg or ())
         check_same_classes(data.class_order, saved_class_order(run.run_folder), f"the run in {run.run_folder}")
@@ -136,17 +156,20 @@ def train_with(args: argparse.Namespace) -> None:
     recipe = {key: value for key, value in requested.items() if key not in ONE_LAUNCH} | {"lr": args.lr}
     if is_main:
         save_recipe(recipe, run.run_folder / "args.yaml")
-        save_config(model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained,
-                    data.class_order)
+        save_config(
+            model, run.run_folder / "config.json", data_config, data.label_names, args.pretrained, data.class_order
+        )
     start_trackers(accelerator, args, run.run_folder, recipe)
     run.stop.install()
     if is_main and run.progress.epoch < epochs:
         forget_done(run.run_folder)
 
-    log(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+    log(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{data.num_classes} classes, {len(data.train)} training and {len(data.val or ())} validation images, "
         f"input {'x'.join(map(str, data_config['input_size']))}; {world} x {accelerator.device.type}; "
-        f"lr {args.lr:.3g} after {args.warmup_epochs} epochs of warm-up; run folder {run.run_folder}")
+        f"lr {args.lr:.3g} after {args.warmup_epochs} epochs of warm-up; run folder {run.run_folder}"
+    )
     started = time.perf_counter()
     has_ended = train_epochs(run, val_batches, (train_loader, val_loader), epochs, log)
     seconds = time.perf_counter() - started
@@ -158,8 +181,9 @@ def train_with(args: argparse.Namespace) -> None:
         log(f"{best} after {seconds:.0f} s; weights in {run.run_folder / BEST}")
         if REPORT in left:
             finish.finish(run, data, val_loader, data_config, log)
-        log(f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', "
-            "pretrained=True)")
+        log(
+            f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', pretrained=True)"
+        )
     if is_main and is_whole:
         record_done(run.run_folder, epochs, REPORT if REPORT in left else "")
     accelerator.end_training()

@@ -9,6 +9,7 @@ Top-1 in per cent on the validation drawings after the last epoch. Nothing is tu
 every learning rate of the list, so that none is favoured by a choice. "contrastive" is the demo recipe with its model
 (12 epochs); "blocks" is ConvNeXt-Atto at 32 pixels, whose last stage has blocks of one width (12 epochs).
 """
+
 import argparse
 import statistics
 import sys
@@ -58,15 +59,22 @@ def main() -> None:
     variants = {name: variants[name] for number, name in enumerate(variants) if number in (args.only or range(99))}
     folder = Path(tempfile.mkdtemp())
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {(name, rate): [pool.submit(run, folder, [], [*options, *extra, "--lr", rate, "--seed", str(seed)])
-                               for seed in SEEDS]
-                for name, options in variants.items() for rate in rates}
+        runs = {
+            (name, rate): [
+                pool.submit(run, folder, [], [*options, *extra, "--lr", rate, "--seed", str(seed)]) for seed in SEEDS
+            ]
+            for name, options in variants.items()
+            for rate in rates
+        }
         found = {key: [trial.result()[0] for trial in trials] for key, trials in runs.items()}
     import torch
 
     print(headline(f"python benchmarks/ablation.py {' '.join(sys.argv[1:])}", torch.cuda.is_available()))
-    print(f"\n| top-1 in %, mean of {len(SEEDS)} seeds (lowest to highest) | "
-          + " | ".join(f"lr {rate}" for rate in rates) + " |")
+    print(
+        f"\n| top-1 in %, mean of {len(SEEDS)} seeds (lowest to highest) | "
+        + " | ".join(f"lr {rate}" for rate in rates)
+        + " |"
+    )
     print("|---|" + "---|" * len(rates))
     for name in variants:
         cells = [f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in (found[name, r] for r in rates)]

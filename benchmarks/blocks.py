@@ -8,6 +8,7 @@ rounds; memory is the peak of a step. Stability: ViT-S with 8 x 8 patches of the
 pixels, batch 128 of augmented drawings, learning rate 5e-4 with 50 steps of warm-up; mean loss of the last 50 steps;
 each seed gives all variants the same weights, batches and distortions.
 """
+
 import argparse
 import statistics
 import sys

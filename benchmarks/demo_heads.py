@@ -7,6 +7,7 @@ seed, accuracy of the last epoch. The setting chosen for each head then trains o
 evaluated on the validation drawings. Everything else is the demo recipe; --epochs changes its length. 24 runs of 3 to
 4 minutes on 2 CPU cores; on a GPU machine with 16 cores all of it takes 2 minutes with `--jobs 8`.
 """
+
 import argparse
 import csv
 import itertools
@@ -27,8 +28,18 @@ LINEAR = [  # 3 rates x 3 kinds of regularisation
     for lr, (decay, smoothing) in itertools.product(RATES, [("0.05", "0.0"), ("0.05", "0.1"), ("0.3", "0.0")])
 ]
 FAIM = [  # 3 rates x 3 settings of the head
-    ["--lr", lr, "--head-refit", "-1", "--faim-cfg", "preset=flat", "space=sphere",
-     f"scale_init={scale}", f"margin={margin}", f"lambda_init={lmbda}"]
+    [
+        "--lr",
+        lr,
+        "--head-refit",
+        "-1",
+        "--faim-cfg",
+        "preset=flat",
+        "space=sphere",
+        f"scale_init={scale}",
+        f"margin={margin}",
+        f"lambda_init={lmbda}",
+    ]
     for lr, (scale, margin, lmbda) in itertools.product(RATES, [(16.0, 0.2, 0.1), (24.0, 0.15, 0.1), (24.0, 0.2, 0.0)])
 ]
 
@@ -46,9 +57,22 @@ def run(folder: Path, data: list[str], options: list[str]) -> tuple[float, float
     """Train once; top-1 in per cent of the last epoch and of the best one."""
     output = tempfile.mkdtemp(dir=folder)
     subprocess.run(
-        [sys.executable, TRAIN, "--config", str(DEMO_RECIPE), *data, "--output", output, "--experiment", "run",
-         *options],
-        check=True, capture_output=True, text=True)
+        [
+            sys.executable,
+            TRAIN,
+            "--config",
+            str(DEMO_RECIPE),
+            *data,
+            "--output",
+            output,
+            "--experiment",
+            "run",
+            *options,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     with Path(output, "run", "summary.csv").open() as stream:
         accuracies = [float(row["eval_top1"]) for row in csv.DictReader(stream)]
     print(f"{accuracies[-1]:6.2f} {max(accuracies):6.2f}  {' '.join(options)}", flush=True)
@@ -73,8 +97,10 @@ def main() -> None:
         results = [trial.result()[0] for trial in trials]
         chosen = [LINEAR[results.index(max(results[:9]))], FAIM[results.index(max(results[9:]), 9) - 9]]
         print("validation drawings, seeds 0, 1, 2")
-        finals = [[pool.submit(run, folder, length, [*options, "--seed", str(seed)]) for seed in range(3)]
-                  for options in chosen]
+        finals = [
+            [pool.submit(run, folder, length, [*options, "--seed", str(seed)]) for seed in range(3)]
+            for options in chosen
+        ]
         for name, runs in zip(("linear", "FAIM"), finals, strict=True):
             last = [trial.result()[0] for trial in runs]
             mean = sum(last) / len(last)

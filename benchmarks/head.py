@@ -162,8 +162,13 @@ def inference_table(D, C, rounds) -> None:
     """Eager inference of one feature at a time, as a service sees it."""
     torch.manual_seed(0)
     head, x = FAIMHead(D, C).eval(), torch.randn(1, D)
-    ways = {"Linear": nn.Linear(D, C), "frozen Linear(D, D) + Linear": floor(D, C), "FAIM": head,
-            "FAIM, FoldedHead(head)": FoldedHead(head), "FAIM, the order alone: to_linear(head)": to_linear(head)}
+    ways = {
+        "Linear": nn.Linear(D, C),
+        "frozen Linear(D, D) + Linear": floor(D, C),
+        "FAIM": head,
+        "FAIM, FoldedHead(head)": FoldedHead(head),
+        "FAIM, the order alone: to_linear(head)": to_linear(head),
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         for i in range(40 * rounds + 40):

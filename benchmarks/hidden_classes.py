@@ -117,8 +117,12 @@ def make_network() -> nn.Sequential:
     """Four convolutional blocks and a linear layer: [B, 1, 32, 32] -> [B, 64]."""
     layers: list[nn.Module] = []
     for width in (1, CHANNELS, CHANNELS, CHANNELS):
-        layers += [nn.Conv2d(width, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU(True),
-                   nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(width, CHANNELS, 3, padding=1, bias=False),
+            nn.BatchNorm2d(CHANNELS),
+            nn.ReLU(True),
+            nn.MaxPool2d(2),
+        ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(CHANNELS * (SIZE // 16) ** 2, FEATURES))
 
 
@@ -155,7 +159,8 @@ def train(run: Run, drawings: Tensor) -> tuple[nn.Module, FAIMInfoNCELoss] | Non
     optimizer = torch.optim.AdamW(groups, lr=run.rate, fused=device.type == "cuda")
     warmup = run.steps // 20 + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / run.steps)))
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / run.steps))
+    )
     for step in range(run.steps):
         grid = nn.functional.affine_grid(maps[step], [len(labels), 1, SIZE, SIZE], align_corners=False)
         batch = nn.functional.grid_sample(images[index[step]], grid, align_corners=False)
@@ -234,9 +239,12 @@ class Study:
                 if self.file is not None:
                     with self.file.open("a") as stream:
                         stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-                print(f"{number:4}/{len(missing)} {result['seconds']:6.1f} s  Recall@1 {result['recall']:5.2f}  "
-                      f"{result['method']}, lr {result['rate']:g}, τ {result['temperature']:g}, seed {result['seed']}",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"{number:4}/{len(missing)} {result['seconds']:6.1f} s  Recall@1 {result['recall']:5.2f}  "
+                    f"{result['method']}, lr {result['rate']:g}, τ {result['temperature']:g}, seed {result['seed']}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         except BaseException:
             self.pool.shutdown(cancel_futures=True)
             raise
@@ -272,16 +280,25 @@ def study(pool: ProcessPoolExecutor, args: argparse.Namespace) -> list[str]:
     def marked(value: float, values: list[float]) -> str:
         return f"{value:g}" + ("*" if value in (min(values), max(values)) else "")
 
-    lines = ["| method | learning rate | τ | validation Recall@1 | hidden Recall@1 | … minus cosine | hidden mAP@R "
-             "| … minus cosine |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | learning rate | τ | validation Recall@1 | hidden Recall@1 | … minus cosine | hidden mAP@R "
+        "| … minus cosine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     cosine = list(zip(*(runs.results[run] for run in finals["cosine"]), strict=True))
     for method in METHODS:
         rate, temperature = chosen[method]
-        cells = [method, marked(rate, args.rates), marked(temperature, args.temperatures),
-                 f"{runs.means(trials[method, chosen[method]])[0]:.2f}"]
+        cells = [
+            method,
+            marked(rate, args.rates),
+            marked(temperature, args.temperatures),
+            f"{runs.means(trials[method, chosen[method]])[0]:.2f}",
+        ]
         for values, base in zip(zip(*(runs.results[run] for run in finals[method]), strict=True), cosine, strict=True):
-            cells += [f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}",
-                      "" if method == "cosine" else difference(values, base)]
+            cells += [
+                f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}",
+                "" if method == "cosine" else difference(values, base),
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -302,13 +319,16 @@ def main() -> None:
         args.steps, args.rates, args.temperatures, args.seeds = 10, [3e-3], [0.12], 2
     command = f"python benchmarks/hidden_classes.py {' '.join(sys.argv[1:])}".strip()
     threads = 1 if args.device == "cuda" else max(1, (os.cpu_count() or 1) // args.jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), start_worker,
-                             (read_drawings(), args.device, threads)) as pool:
+    with ProcessPoolExecutor(
+        args.jobs, get_context("spawn"), start_worker, (read_drawings(), args.device, threads)
+    ) as pool:
         lines = study(pool, args)
     print(headline(command, cuda=args.device == "cuda"))
-    print(f"\n{args.steps} steps a run, {len(args.rates) * len(args.temperatures)} settings a method x "
-          f"{args.trial_seeds} seeds, {args.seeds} other seeds; per cent, mean ± standard deviation over seeds, "
-          "mean difference (95 % interval); * at the edge of the grid\n")
+    print(
+        f"\n{args.steps} steps a run, {len(args.rates) * len(args.temperatures)} settings a method x "
+        f"{args.trial_seeds} seeds, {args.seeds} other seeds; per cent, mean ± standard deviation over seeds, "
+        "mean difference (95 % interval); * at the edge of the grid\n"
+    )
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
 """Time of ``import timm_faim`` after ``import timm``: registering every twin, in fresh processes.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 import platform

@@ -103,11 +103,16 @@ def table(B: int, D: int, form: str, device: str, rounds: int, compiled: bool) -
     print("| loss | ms | ratio to cosine | ratio to cosine in these blocks | peak memory, B·B·4 bytes |")
     print("|---|---|---|---|---|")
     for name, step in steps.items():
-        against = [statistics.median(t / base for t, base in zip(times[name], times[other], strict=True))
-                   for other in list(steps)[:2]]
+        against = [
+            statistics.median(t / base for t, base in zip(times[name], times[other], strict=True))
+            for other in list(steps)[:2]
+        ]
         memory = peak_bytes(step, device) / (B * B * 4)
-        print(f"| {name} | {statistics.median(times[name]) * 1e3:.2f} | {against[0]:.2f} | {against[1]:.2f} | "
-              f"{memory:.2f} |", flush=True)
+        print(
+            f"| {name} | {statistics.median(times[name]) * 1e3:.2f} | {against[0]:.2f} | {against[1]:.2f} | "
+            f"{memory:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ settings (AdamW, label smoothing, bf16 autocast, torch.compile) and are timed in
 ratios are over the rounds. --timm-train is timm's train.py of a source checkout: the script is not part of timm's
 wheel; without it that column is left out.
 """
+
 import argparse
 import importlib.util
 import json
@@ -54,9 +55,27 @@ class RandomImages:
 
 def options(name: str, bench: argparse.Namespace) -> argparse.Namespace:
     """Options of train_faim.py for one variant."""
-    words = ["--data-dir", "none", "--model", name, "--opt", "adamw", "--lr", "1e-4", "--epochs", "100000",
-             "--warmup-epochs", "0", "--sched", "cosine", "--sched-on-updates",
-             "-b", str(bench.batch_size), "--log-interval", "50"]
+    words = [
+        "--data-dir",
+        "none",
+        "--model",
+        name,
+        "--opt",
+        "adamw",
+        "--lr",
+        "1e-4",
+        "--epochs",
+        "100000",
+        "--warmup-epochs",
+        "0",
+        "--sched",
+        "cosine",
+        "--sched-on-updates",
+        "-b",
+        str(bench.batch_size),
+        "--log-interval",
+        "50",
+    ]
     if torch.cuda.is_available():
         words += ["--amp", "--amp-dtype", "bfloat16", "--torchcompile"]
     if name.startswith("faim_"):
@@ -79,8 +98,9 @@ class OurLoop:
         split_groups(optimizer, model, args)
         scheduler, _ = build_scheduler(args, optimizer, len(images))
         self.task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
-        self.run = Training(args, accelerator, model, model, self.task, optimizer, images, Path(tempfile.mkdtemp()),
-                            scheduler)
+        self.run = Training(
+            args, accelerator, model, model, self.task, optimizer, images, Path(tempfile.mkdtemp()), scheduler
+        )
 
     def images_per_second(self) -> float:
         torch.cuda.synchronize() if torch.cuda.is_available() else None
@@ -123,17 +143,36 @@ class TimmLoop:
         self.optimizer = build_optimizer(args, ours.run.model, 1)
         self.scheduler, _ = build_scheduler(args, self.optimizer, len(images))
         self.args = SimpleNamespace(
-            channels_last=args.channels_last, clip_grad=None, clip_mode="norm", distributed=False, grad_accum_steps=1,
-            log_interval=args.log_interval, mixup_off_epoch=0, prefetcher=True, recovery_interval=0,
-            save_images=False, synchronize_step=False, world_size=1, rank=0, local_rank=0)
+            channels_last=args.channels_last,
+            clip_grad=None,
+            clip_mode="norm",
+            distributed=False,
+            grad_accum_steps=1,
+            log_interval=args.log_interval,
+            mixup_off_epoch=0,
+            prefetcher=True,
+            recovery_interval=0,
+            save_images=False,
+            synchronize_step=False,
+            world_size=1,
+            rank=0,
+            local_rank=0,
+        )
 
     def images_per_second(self) -> float:
         synchronize()
         started = time.perf_counter()
         self.script.train_one_epoch(
-            0, self.task.get_trainable_module(), self.images, self.optimizer, self.args, task=self.task,
-            device=self.device, lr_scheduler=self.scheduler,
-            amp_autocast=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"))
+            0,
+            self.task.get_trainable_module(),
+            self.images,
+            self.optimizer,
+            self.args,
+            task=self.task,
+            device=self.device,
+            lr_scheduler=self.scheduler,
+            amp_autocast=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+        )
         synchronize()
         return len(self.images) * len(self.images.target) / (time.perf_counter() - started)
 
@@ -155,12 +194,18 @@ def measure(name: str, bench: argparse.Namespace, accelerator: Accelerator) -> d
     """images/s of every variant of one architecture, by round."""
     size = timm.get_pretrained_cfg(name).input_size[-1] if torch.cuda.is_available() else 64
     device = accelerator.device
-    batch = RandomImages(torch.randn(bench.batch_size, 3, size, size, device=device),
-                         torch.randint(1000, (bench.batch_size,), device=device), bench.steps)
+    batch = RandomImages(
+        torch.randn(bench.batch_size, 3, size, size, device=device),
+        torch.randint(1000, (bench.batch_size,), device=device),
+        bench.steps,
+    )
     plain, faim = (OurLoop(prefix + name, bench, accelerator, batch) for prefix in ("", "faim_"))
-    variants = {"X": plain.images_per_second, "faim_X": faim.images_per_second,
-                "X, bare loop": BareLoop(plain, batch).images_per_second,
-                "faim_X, bare loop": BareLoop(faim, batch).images_per_second}
+    variants = {
+        "X": plain.images_per_second,
+        "faim_X": faim.images_per_second,
+        "X, bare loop": BareLoop(plain, batch).images_per_second,
+        "faim_X, bare loop": BareLoop(faim, batch).images_per_second,
+    }
     if bench.timm_train:
         script = load_script(bench.timm_train)
         for label, ours in (("X", plain), ("faim_X", faim)):
@@ -198,9 +243,22 @@ def scaling(bench: argparse.Namespace) -> None:
     for number in range(bench.rounds):
         for count in rows:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-            result = subprocess.run([*launcher, __file__, "--rate-only", "--models", bench.models[0], "--batch-size",
-                                     str(bench.batch_size), "--steps", str(bench.steps)],
-                                    stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(
+                [
+                    *launcher,
+                    __file__,
+                    "--rate-only",
+                    "--models",
+                    bench.models[0],
+                    "--batch-size",
+                    str(bench.batch_size),
+                    "--steps",
+                    str(bench.steps),
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             rows[count].append(json.loads(result.stdout.strip().splitlines()[-1]))
             print(f"round {number + 1}, {count} GPU(s): {rows[count][-1]:.0f} images/s", flush=True)
     medians = {count: statistics.median(rates) for count, rates in rows.items()}
@@ -212,8 +270,11 @@ def scaling(bench: argparse.Namespace) -> None:
 def rate_only(bench: argparse.Namespace, accelerator: Accelerator) -> None:
     """Print the images/s of faim_X over all processes, the median of three epochs after a warm-up."""
     size = timm.get_pretrained_cfg(bench.models[0]).input_size[-1] if torch.cuda.is_available() else 64
-    batch = RandomImages(torch.randn(bench.batch_size, 3, size, size, device=accelerator.device),
-                         torch.randint(1000, (bench.batch_size,), device=accelerator.device), bench.steps)
+    batch = RandomImages(
+        torch.randn(bench.batch_size, 3, size, size, device=accelerator.device),
+        torch.randint(1000, (bench.batch_size,), device=accelerator.device),
+        bench.steps,
+    )
     ours = OurLoop(f"faim_{bench.models[0]}", bench, accelerator, batch)
     rates = [ours.images_per_second() for _ in range(4)][1:]
     if accelerator.is_main_process:
@@ -234,14 +295,14 @@ def main() -> None:
     bench.channels_last = lambda name: "resnet" in name or "convnext" in name
 
     if bench.scaling:
-        print(headline(' '.join(['python', *sys.argv]), torch.cuda.is_available()))
+        print(headline(" ".join(["python", *sys.argv]), torch.cuda.is_available()))
         scaling(bench)
         return
     accelerator = build_accelerator(options(f"faim_{bench.models[0]}", bench))
     if bench.rate_only:
         rate_only(bench, accelerator)
         return
-    print(headline(' '.join(['python', *sys.argv]), torch.cuda.is_available()))
+    print(headline(" ".join(["python", *sys.argv]), torch.cuda.is_available()))
     for name in bench.models:
         print_table(name, measure(name, bench, accelerator), bench)
         torch.compiler.reset()

@@ -1,4 +1,5 @@
 """Runs of train_faim.py in child processes that start at once: a server has imported everything and forks."""
+
 import atexit
 import contextlib
 import multiprocessing
@@ -34,8 +35,14 @@ def start_server() -> None:
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
     """What a launcher tells a process."""
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "RANK": str(rank),
-            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
 
 
 def free_port() -> int:
@@ -49,8 +56,9 @@ def free_port() -> int:
 
 def run_group(argv: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
     """Run a command that starts others, such as a launcher, and leave none of them behind when it takes too long."""
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=environment)
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as e:
@@ -83,8 +91,10 @@ def _in_group(function, rank: int, processes: int, port: int, arguments: tuple) 
 def in_group(function, *arguments, processes: int = 2) -> None:
     """Call a function in every process of a group on the CPU; an error in one is an error here."""
     port = free_port()
-    children = [context.Process(target=_in_group, args=(function, rank, processes, port, arguments))
-                for rank in range(processes)]
+    children = [
+        context.Process(target=_in_group, args=(function, rank, processes, port, arguments))
+        for rank in range(processes)
+    ]
     for child in children:
         child.start()
     deadline = time.monotonic() + 120

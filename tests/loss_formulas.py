@@ -13,9 +13,13 @@ LOSSES = {
     "ntxent": functools.partial(FAIMInfoNCELoss, temperature=TEMPERATURE),
     "supcon": functools.partial(FAIMInfoNCELoss, temperature=TEMPERATURE, form="supcon"),
     "npair": functools.partial(FAIMNPairLoss, temperature=TEMPERATURE),
-    **{f"{mining}{'-soft' if soft else ''}":
-       functools.partial(FAIMTripletLoss, margin=MARGIN, mining=mining, soft_margin=soft)
-       for mining in ("batch-hard", "semi-hard", "all") for soft in (False, True)},
+    **{
+        f"{mining}{'-soft' if soft else ''}": functools.partial(
+            FAIMTripletLoss, margin=MARGIN, mining=mining, soft_margin=soft
+        )
+        for mining in ("batch-hard", "semi-hard", "all")
+        for soft in (False, True)
+    },
 }
 MATRIX_LOSSES = [name for name in LOSSES if name != "npair"]  # these have rows to go through in blocks
 
@@ -30,14 +34,21 @@ def relative_error(value, oracle):
 
 # d is a matrix of distances [B, N]; positives and negatives are lists of columns, one a row.
 
+
 def mean(terms, like):
     return torch.stack(terms).mean() if terms else like.sum() * 0
 
 
 def oracle_ntxent(d, positives, negatives):
     e = torch.exp(-d / TEMPERATURE)
-    return mean([-torch.log(e[i, p] / (e[i, p] + sum(e[i, n] for n in negatives[i])))
-                 for i in range(len(d)) for p in positives[i]], d)
+    return mean(
+        [
+            -torch.log(e[i, p] / (e[i, p] + sum(e[i, n] for n in negatives[i])))
+            for i in range(len(d))
+            for p in positives[i]
+        ],
+        d,
+    )
 
 
 def oracle_supcon(d, positives, negatives):
@@ -63,8 +74,7 @@ def chosen_triplets(mining, d, positives, negatives):
     if mining == "all":
         return [(i, p, n) for i in rows for p in positives[i] for n in negatives[i]]
     if mining == "batch-hard":
-        return [(i, max(positives[i], key=lambda j: d[i, j]), min(negatives[i], key=lambda j: d[i, j]))
-                for i in rows]
+        return [(i, max(positives[i], key=lambda j: d[i, j]), min(negatives[i], key=lambda j: d[i, j])) for i in rows]
     triplets = []
     for i in rows:
         for p in positives[i]:

@@ -1,4 +1,5 @@
 """What the training tests share: a tiny image folder and runs of train_faim.py inside the test process."""
+
 import csv
 import io
 import json
@@ -14,9 +15,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # train_faim.py is a script 
 import train_faim
 
 # A tiny model on 32-pixel images; the 12 training images of `make_images` in batches of 4 make 3 steps an epoch.
-TINY = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--workers", "0", "--opt", "adamw", "--lr", "0.003",
-        "--warmup-epochs", "0", "--no-aug", "--log-interval", "1", "--cpu-threads", "1",
-        "--no-report"]
+TINY = [
+    "--img-size",
+    "32",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "2",
+    "--workers",
+    "0",
+    "--opt",
+    "adamw",
+    "--lr",
+    "0.003",
+    "--warmup-epochs",
+    "0",
+    "--no-aug",
+    "--log-interval",
+    "1",
+    "--cpu-threads",
+    "1",
+    "--no-report",
+]
 
 
 def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, classes=("bird", "cat", "dog")) -> Path:
@@ -53,8 +73,12 @@ def make_shards(images: Path, folder: Path, train: int = 2, validation: int = 2)
                     info = tarfile.TarInfo(f"{i}.cls")
                     info.size = len(label)
                     tar.addfile(info, io.BytesIO(label))
-        splits[split] = {"name": split, "num_samples": len(paths), "shard_lengths": lengths,
-                         "filenames": [f"{split}-{shard}.tar" for shard in range(count)]}
+        splits[split] = {
+            "name": split,
+            "num_samples": len(paths),
+            "shard_lengths": lengths,
+            "filenames": [f"{split}-{shard}.tar" for shard in range(count)],
+        }
     (folder / "_info.json").write_text(json.dumps({"splits": splits}))
     return folder
 

@@ -1,4 +1,5 @@
 """Log and exp maps, charts and blocks: isometry, inverses, derivatives at the base point, the identity at the start."""
+
 import copy
 import math
 
@@ -158,8 +159,9 @@ BASES = ["learned", "mean", "mlp"]
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("full, symmetric", FORMS)
-@pytest.mark.parametrize("shape, first", [
-    ((3, D), False), ((3, 5, D), False), ((3, 4, 5, D), False), ((3, D, 4, 5), True)])
+@pytest.mark.parametrize(
+    "shape, first", [((3, D), False), ((3, 5, D), False), ((3, 4, 5, D), False), ((3, D, 4, 5), True)]
+)
 def test_a_chart_starts_as_the_identity(base, full, symmetric, shape, first):
     chart = FAIMChart(D, base=base, full_sigma=full, symmetric=symmetric, channels_first=first)
     x = 10 * torch.randn(shape)
@@ -196,8 +198,9 @@ def test_a_shared_metric_is_no_parameter_of_the_chart():
         FAIMChart(7, metric)
 
 
-@pytest.mark.parametrize("inner", [
-    "linear", "mlp", "attention", Mlp(8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), Block(8, 2)])
+@pytest.mark.parametrize(
+    "inner", ["linear", "mlp", "attention", Mlp(8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), Block(8, 2)]
+)
 def test_a_block_starts_equal_to_what_it_wraps(inner):
     block = FAIMBlock(8, inner).eval()
     x = torch.randn(3, 5, 8)
@@ -222,8 +225,9 @@ def test_residuals(first):
     shape = (3, D, 4, 4) if first else (3, 5, D)
     inner = nn.Conv2d(D, D, 1) if first else nn.Linear(D, D)
     x = torch.randn(shape)
-    blocks = {kind: moved(FAIMBlock(D, inner, residual=kind, channels_first=first)) for kind in
-              ("none", "tangent", "ambient")}
+    blocks = {
+        kind: moved(FAIMBlock(D, inner, residual=kind, channels_first=first)) for kind in ("none", "tangent", "ambient")
+    }
     chart = blocks["none"].chart
     for block in blocks.values():
         block.chart = chart
@@ -245,10 +249,14 @@ def test_with_a_linear_map_inside_the_block_is_not_affine():
     assert (block(x + h) - 2 * block(x) + block(x - h)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(inner="conv"), "inner must be a module or one of"), (dict(residual="yes"), "residual must be one of"),
-    (dict(base="moving"), "base must be one of"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(inner="conv"), "inner must be a module or one of"),
+        (dict(residual="yes"), "residual must be one of"),
+        (dict(base="moving"), "base must be one of"),
+    ],
+)
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         FAIMBlock(D, **options)

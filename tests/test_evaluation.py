@@ -1,4 +1,5 @@
 """The evaluation image by image: counts, calibration, tables, any number of processes."""
+
 import csv
 import json
 import math
@@ -55,8 +56,16 @@ def evaluation_of(logits, target, size=5, args=ARGS):
 def hand_made(target, prediction, confidence=None, C=4):
     target, prediction = np.array(target), np.array(prediction)
     N = len(target)
-    return Evaluation(C, np.arange(N), target, prediction, np.full(N, 0.5) if confidence is None else confidence,
-                      np.ones(N), np.ones(N), target == prediction)
+    return Evaluation(
+        C,
+        np.arange(N),
+        target,
+        prediction,
+        np.full(N, 0.5) if confidence is None else confidence,
+        np.ones(N),
+        np.ones(N),
+        target == prediction,
+    )
 
 
 def test_every_number_is_that_of_the_whole_matrix_of_logits():
@@ -70,8 +79,9 @@ def test_every_number_is_that_of_the_whole_matrix_of_logits():
     np.testing.assert_allclose(evaluation.confidence, probability.max(1).values, rtol=1e-5)
     np.testing.assert_allclose(evaluation.loss, -probability.log()[torch.arange(23), target], rtol=1e-5)
     np.testing.assert_allclose(evaluation.margin, best[:, 0] - best[:, 1], rtol=1e-5)
-    np.testing.assert_array_equal(evaluation.top5, [t in row for t, row in zip(target, logits.topk(5).indices,
-                                                                              strict=True)])
+    np.testing.assert_array_equal(
+        evaluation.top5, [t in row for t, row in zip(target, logits.topk(5).indices, strict=True)]
+    )
 
 
 def test_metrics_are_those_of_the_loop():
@@ -149,26 +159,43 @@ def test_tables_hold_what_was_counted(tmp_path):
     names = ["ape, great", "bee", "cat", "dog"]
     files = [f"x/{i}.png" for i in range(6)] + ["x/\udcff.png"]
     written = write_evaluation(tmp_path / "eval", evaluation, names, files, {"model": "m", "checkpoint": "c"})
-    assert {p.name for p in written} == {p.name for p in (tmp_path / "eval").iterdir()} == {
-        "eval.json", "per_class.csv", "confusion.csv", "most_confused.csv", "predictions.csv", "confusion.png",
-        "calibration.png"}
+    assert (
+        {p.name for p in written}
+        == {p.name for p in (tmp_path / "eval").iterdir()}
+        == {
+            "eval.json",
+            "per_class.csv",
+            "confusion.csv",
+            "most_confused.csv",
+            "predictions.csv",
+            "confusion.png",
+            "calibration.png",
+        }
+    )
 
     facts = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert facts["model"] == "m" and facts["checkpoint"] == "c" and facts["metrics"]["samples"] == 7
     assert facts["metrics"]["top1"] == pytest.approx(300 / 7) and "torch" in facts["versions"]
 
     per_class = read(tmp_path / "eval" / "per_class.csv")
-    assert [(r["name"], r["samples"], r["correct"], r["accuracy"], r["confused_with_name"], r["confused_count"])
-            for r in per_class] == [("ape, great", "4", "1", "25.0", "cat", "2"),
-                                    ("bee", "2", "1", "50.0", "ape, great", "1"),
-                                    ("cat", "1", "1", "100.0", "", "0"), ("dog", "0", "0", "", "", "0")]
+    assert [
+        (r["name"], r["samples"], r["correct"], r["accuracy"], r["confused_with_name"], r["confused_count"])
+        for r in per_class
+    ] == [
+        ("ape, great", "4", "1", "25.0", "cat", "2"),
+        ("bee", "2", "1", "50.0", "ape, great", "1"),
+        ("cat", "1", "1", "100.0", "", "0"),
+        ("dog", "0", "0", "", "", "0"),
+    ]
     confusion = read(tmp_path / "eval" / "confusion.csv")
     assert {(int(r["target"]), int(r["prediction"])): int(r["count"]) for r in confusion} == Counter(
-        zip(target, prediction, strict=True))
+        zip(target, prediction, strict=True)
+    )
     pairs = read(tmp_path / "eval" / "most_confused.csv")
-    assert [(r["a_name"], r["b_name"], r["a_as_b"], r["b_as_a"], r["total"], r["a_as_b_rate"], r["b_as_a_rate"])
-            for r in pairs] == [("ape, great", "bee", "1", "1", "2", "25.0", "50.0"),
-                                ("ape, great", "cat", "2", "0", "2", "50.0", "0.0")]
+    assert [
+        (r["a_name"], r["b_name"], r["a_as_b"], r["b_as_a"], r["total"], r["a_as_b_rate"], r["b_as_a_rate"])
+        for r in pairs
+    ] == [("ape, great", "bee", "1", "1", "2", "25.0", "50.0"), ("ape, great", "cat", "2", "0", "2", "50.0", "0.0")]
     lines = (tmp_path / "eval" / "predictions.csv").read_bytes().splitlines()
     assert lines[1] == b"0,x/0.png,0,0,0.5,1,1" and lines[7].startswith(b"6,x/\xff.png,2,2,")
 
@@ -223,8 +250,14 @@ def _on_images(root: str, accelerator: Accelerator) -> Evaluation:
     dataset = create_dataset("", root=root, split="val")
     samples = dataset.reader.samples
     samples[3] = (samples[3][0], UNREADABLE)
-    loader = create_loader(dataset, (3, 8, 8), batch_size=2, num_workers=0, device=accelerator.device,
-                           distributed=accelerator.num_processes > 1)
+    loader = create_loader(
+        dataset,
+        (3, 8, 8),
+        batch_size=2,
+        num_workers=0,
+        device=accelerator.device,
+        distributed=accelerator.num_processes > 1,
+    )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
     return collect(accelerator.prepare(model), loader, accelerator, SKIPPING)

@@ -1,4 +1,5 @@
 """One order of classes and images in every process; no class of what is none; pixels keep their range."""
+
 import io
 import os
 import random
@@ -30,13 +31,16 @@ def open_folder(root, *flags):
 
 
 def classes_under(seed, root):
-    code = ("import sys; from timm_faim.training.args import parse_args; "
-            "from timm_faim.images.datasets import open_datasets; "
-            "data = open_datasets(parse_args(['--data-dir', sys.argv[1]]), 3); "
-            "print(data.label_names, [p for p, _ in data.train.images.reader.samples])")
+    code = (
+        "import sys; from timm_faim.training.args import parse_args; "
+        "from timm_faim.images.datasets import open_datasets; "
+        "data = open_datasets(parse_args(['--data-dir', sys.argv[1]]), 3); "
+        "print(data.label_names, [p for p, _ in data.train.images.reader.samples])"
+    )
     environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code, str(root)], env=environment, check=True, capture_output=True,
-                          text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, str(root)], env=environment, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_the_order_is_total(tmp_path):
@@ -205,8 +209,17 @@ def tiff(pixels, bits, meaning):
         a, b = pixels.reshape(-1, 2).astype(int).T
         data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
     height, width = pixels.shape
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, meaning), (273, 8 + 2 + 12 * 9 + 4), (277, 1),
-            (278, height), (279, len(data))]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, meaning),
+        (273, 8 + 2 + 12 * 9 + 4),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return io.BytesIO(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data)
 
@@ -219,8 +232,14 @@ def test_tiffs_say_their_bits_and_what_zero_means(bits, meaning):
 
 
 def test_sixteen_bits_with_a_sign_are_refused():
-    cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2",
-             "NAXIS1  =                    8", "NAXIS2  =                    8", "END"]
+    cards = [
+        "SIMPLE  =                    T",
+        "BITPIX  =                   16",
+        "NAXIS   =                    2",
+        "NAXIS1  =                    8",
+        "NAXIS2  =                    8",
+        "END",
+    ]
     header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
     with pytest.raises(ValueError, match=r"16-bit FITS pixels without a known range"):
         read_image(io.BytesIO(header + RAMP.astype(">i2").tobytes().ljust(2880, b"\0")), "L")
@@ -290,9 +309,15 @@ def test_fuzz_of_the_reader(tmp_path, rounds):
         for mode in MODES:
             pixels = np.frombuffer(rng.randbytes(32 * 32 * 4), dtype=np.uint8).reshape(32, 32, 4)
             try:
-                image = Image.fromarray(pixels.view(np.float32)[..., 0]) if mode == "F" else (
-                    Image.fromarray(pixels.view(np.uint16)[..., 0]) if mode == "I;16" else (
-                        Image.fromarray(pixels[..., :3].copy()).convert(mode)))
+                image = (
+                    Image.fromarray(pixels.view(np.float32)[..., 0])
+                    if mode == "F"
+                    else (
+                        Image.fromarray(pixels.view(np.uint16)[..., 0])
+                        if mode == "I;16"
+                        else (Image.fromarray(pixels[..., :3].copy()).convert(mode))
+                    )
+                )
                 content = stored(image, kind).read()
             except (OSError, ValueError, KeyError, SystemError):  # a mode that the format has not
                 continue
@@ -312,5 +337,7 @@ def test_fuzz_of_the_reader(tmp_path, rounds):
                     assert images.unreadable[number]
                 pairs.add((kind, mode))
     assert len({kind for kind, _ in pairs}) >= 13 and 0.2 * tried < refused < tried
-    print(f"{tried} files of {len({kind for kind, _ in pairs})} formats in {len(pairs)} format and mode pairs, "
-          f"{refused} refused")
+    print(
+        f"{tried} files of {len({kind for kind, _ in pairs})} formats in {len(pairs)} format and mode pairs, "
+        f"{refused} refused"
+    )

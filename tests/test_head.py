@@ -193,9 +193,7 @@ def test_bad_arguments(arguments, message):
         FAIMHead(**{"in_features": D, "num_classes": C, **arguments})
 
 
-@pytest.mark.parametrize(
-    "name", ["in_features", "num_classes", "lambda_init", "scale_init", "margin", "eps"]
-)
+@pytest.mark.parametrize("name", ["in_features", "num_classes", "lambda_init", "scale_init", "margin", "eps"])
 @pytest.mark.parametrize("value", ["3", None, True, [4]])
 def test_what_is_no_number_is_named(name, value):
     with pytest.raises(TypeError, match=rf"{name}.*got {re.escape(repr(value))}"):

@@ -1,4 +1,5 @@
 """Entries of hub_configs/: their form, and the tags that they become in timm's registry."""
+
 import json
 import os
 import subprocess
@@ -48,39 +49,48 @@ def test_every_shipped_entry_is_usable():
         assert not entry.recipe or parse_args(["-c", str(ROOT / entry.recipe), "--data-dir", "d"])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"archtecture": "x"}, "unknown key 'archtecture'. Did you mean 'architecture'"),
-    ({"license": None}, "license is missing"),
-    ({"num_classes": "3"}, "num_classes must be int, got '3'"),
-    ({"num_classes": 0}, "num_classes must be at least 1"),
-    ({"architecture": "resnet10t"}, "architecture must begin with faim_, got 'resnet10t'"),
-    ({"architecture": "../x"}, "architecture must be faim_ and an architecture"),
-    ({"tag": "a/b"}, "tag must be letters, digits"),
-    ({"repo_id": "only_name"}, "repo_id must be ORG/NAME"),
-    ({"revision": "main", "sha256": "0" * 64}, "revision must be a commit of 40 hex digits, got 'main'"),
-    ({"revision": "0" * 40}, "revision and sha256 belong together"),
-    ({"revision": "0" * 40, "sha256": "0" * 63}, "sha256 must be 64 hex digits"),
-    ({"pretrained_cfg": {"file": "/etc/passwd"}}, "pretrained_cfg.file is not known"),
-    ({"pretrained_cfg": {"input_sizes": [1]}}, "pretrained_cfg.input_sizes is not known. Did you mean 'input_size'"),
-    ({"probe_logits": [1.0, "2"]}, "probe_logits must hold numbers"),
-    ({"probe_logits": [10**400]}, "probe_logits must hold numbers"),
-    ({"probe_logits": [float("nan")]}, "probe_logits must hold numbers"),
-    ({"metrics": {"top1": "high"}}, "metrics must hold numbers"),
-    ({"metrics": {"top1": float("inf")}}, "metrics must hold numbers"),
-    ({"license": ""}, "license must be an identifier of the Hub such as apache-2.0, got ''"),
-    ({"dataset": {"name": ["x"]}}, "dataset must hold a name and an id, got 'name'"),
-    ({"dataset": {"path": "/srv/x"}}, "dataset must hold a name and an id, got 'path'"),
-    ({"dataset": {"id": "a/b/c"}}, "dataset.id must be a name on the Hub, NAME or ORG/NAME, got 'a/b/c'"),
-    ({"pretrained_cfg": {"input_size": 5}}, "pretrained_cfg: input_size must be three whole numbers"),
-    ({"pretrained_cfg": {"mean": "x"}}, "pretrained_cfg: mean must be a list of finite numbers"),
-    ({"pretrained_cfg": {"std": [0]}}, "pretrained_cfg: std must be a list of finite numbers above 0"),
-    ({"pretrained_cfg": {"crop_pct": -5}}, "pretrained_cfg: crop_pct must be a number in 0.01..10"),
-    ({"pretrained_cfg": {"interpolation": "cubic"}}, "pretrained_cfg: interpolation must be one of"),
-    ({"pretrained_cfg": {"crop_mode": "middle"}}, "pretrained_cfg: crop_mode must be one of"),
-    ({"label_file": "../labels.txt"}, "label_file must be the name of a file beside the entry, got '../labels.txt'"),
-    ({"label_file": "none.txt"}, "label_file none.txt cannot be read"),
-    ({"label_file": "two.txt"}, "label_file two.txt has 2 names, num_classes is 3"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"archtecture": "x"}, "unknown key 'archtecture'. Did you mean 'architecture'"),
+        ({"license": None}, "license is missing"),
+        ({"num_classes": "3"}, "num_classes must be int, got '3'"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"architecture": "resnet10t"}, "architecture must begin with faim_, got 'resnet10t'"),
+        ({"architecture": "../x"}, "architecture must be faim_ and an architecture"),
+        ({"tag": "a/b"}, "tag must be letters, digits"),
+        ({"repo_id": "only_name"}, "repo_id must be ORG/NAME"),
+        ({"revision": "main", "sha256": "0" * 64}, "revision must be a commit of 40 hex digits, got 'main'"),
+        ({"revision": "0" * 40}, "revision and sha256 belong together"),
+        ({"revision": "0" * 40, "sha256": "0" * 63}, "sha256 must be 64 hex digits"),
+        ({"pretrained_cfg": {"file": "/etc/passwd"}}, "pretrained_cfg.file is not known"),
+        (
+            {"pretrained_cfg": {"input_sizes": [1]}},
+            "pretrained_cfg.input_sizes is not known. Did you mean 'input_size'",
+        ),
+        ({"probe_logits": [1.0, "2"]}, "probe_logits must hold numbers"),
+        ({"probe_logits": [10**400]}, "probe_logits must hold numbers"),
+        ({"probe_logits": [float("nan")]}, "probe_logits must hold numbers"),
+        ({"metrics": {"top1": "high"}}, "metrics must hold numbers"),
+        ({"metrics": {"top1": float("inf")}}, "metrics must hold numbers"),
+        ({"license": ""}, "license must be an identifier of the Hub such as apache-2.0, got ''"),
+        ({"dataset": {"name": ["x"]}}, "dataset must hold a name and an id, got 'name'"),
+        ({"dataset": {"path": "/srv/x"}}, "dataset must hold a name and an id, got 'path'"),
+        ({"dataset": {"id": "a/b/c"}}, "dataset.id must be a name on the Hub, NAME or ORG/NAME, got 'a/b/c'"),
+        ({"pretrained_cfg": {"input_size": 5}}, "pretrained_cfg: input_size must be three whole numbers"),
+        ({"pretrained_cfg": {"mean": "x"}}, "pretrained_cfg: mean must be a list of finite numbers"),
+        ({"pretrained_cfg": {"std": [0]}}, "pretrained_cfg: std must be a list of finite numbers above 0"),
+        ({"pretrained_cfg": {"crop_pct": -5}}, "pretrained_cfg: crop_pct must be a number in 0.01..10"),
+        ({"pretrained_cfg": {"interpolation": "cubic"}}, "pretrained_cfg: interpolation must be one of"),
+        ({"pretrained_cfg": {"crop_mode": "middle"}}, "pretrained_cfg: crop_mode must be one of"),
+        (
+            {"label_file": "../labels.txt"},
+            "label_file must be the name of a file beside the entry, got '../labels.txt'",
+        ),
+        ({"label_file": "none.txt"}, "label_file none.txt cannot be read"),
+        ({"label_file": "two.txt"}, "label_file two.txt has 2 names, num_classes is 3"),
+    ],
+)
 def test_a_wrong_entry_names_the_key(template, tmp_path, change, message):
     (tmp_path / "two.txt").write_text("a\nb\n")
     with pytest.raises(EntryError, match=message) as error:
@@ -138,10 +148,13 @@ def test_push_all_refuses_weights_that_the_entry_does_not_describe(run, tmp_path
     assert "left out, no" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("runs", "folder", "message"), [
-    (".", "missing", "--folder .*missing is no folder. Name the folder that holds the entries"),
-    ("missing", ".", "RUNS_DIR .*missing is no folder. Name the folder that holds the runs"),
-])
+@pytest.mark.parametrize(
+    ("runs", "folder", "message"),
+    [
+        (".", "missing", "--folder .*missing is no folder. Name the folder that holds the entries"),
+        ("missing", ".", "RUNS_DIR .*missing is no folder. Name the folder that holds the runs"),
+    ],
+)
 def test_push_all_of_a_folder_that_is_not_there(tmp_path, runs, folder, message):
     with pytest.raises(UserError, match=message):
         command(["push-all", str(tmp_path / runs), "--folder", str(tmp_path / folder)])
@@ -175,8 +188,9 @@ def test_entries_become_tags_of_the_registry(run, tmp_path):
     write(tmp_path, published, "faim_test_resnet.out")
     (tmp_path / "faim_broken.yaml").write_text("[")
     environment = {**os.environ, "TIMM_FAIM_HUB_CONFIGS": str(tmp_path), "TIMM_FAIM_HUB_ORG": "me"}
-    result = subprocess.run([sys.executable, "-c", REGISTRY], env=environment, capture_output=True, text=True,
-                            timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", REGISTRY], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["listed"] == ["faim_test_resnet.out", "faim_test_resnet.r160_in1k"]
@@ -187,13 +201,16 @@ def test_entries_become_tags_of_the_registry(run, tmp_path):
     assert "left out" in result.stderr and "faim_broken.yaml" in result.stderr  # and the others are there all the same
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"num_classes": 10**9, "label_file": None}, "num_classes must be a whole number in 0..1000000"),
-    ({"model_args": {"faim_cfg": {"foo": 1}}}, "unknown faim_cfg key 'foo'"),
-    ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000"),
-    ({"model_args": {"act_layer": "reluu"}}, "model_args do not build faim_resnet10t"),
-    ({"model_args": {"no_such_argument": 1}}, "unexpected keyword argument 'no_such_argument'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 10**9, "label_file": None}, "num_classes must be a whole number in 0..1000000"),
+        ({"model_args": {"faim_cfg": {"foo": 1}}}, "unknown faim_cfg key 'foo'"),
+        ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000"),
+        ({"model_args": {"act_layer": "reluu"}}, "model_args do not build faim_resnet10t"),
+        ({"model_args": {"no_such_argument": 1}}, "unexpected keyword argument 'no_such_argument'"),
+    ],
+)
 def test_offline_checks_see_what_opening_would_refuse(template, tmp_path, change, message):
     verdict = check_entry(write(tmp_path, template | change), offline=True)
     assert verdict.state == "form" and message in verdict.problem
@@ -206,12 +223,15 @@ def test_a_folder_of_entries_that_is_not_there(tmp_path):
         write_entry(run, tmp_path / "missing", "t", license="mit", dataset={"name": "x"})
 
 
-@pytest.mark.parametrize(("tag", "license", "labels", "message"), [
-    ("a.b", "mit", ["a", "b", "c"], "entries/faim_test_resnet.a.b.yaml: tag must be letters"),
-    ("t", "", ["a", "b", "c"], "license must be an identifier of the Hub"),
-    ("t", "mit", ["a", "b\nc", "d"], "has 4 names, num_classes is 3"),
-    ("mine", "", ["a", "b", "c"], "mine.labels.txt exists. Choose another --tag"),
-])
+@pytest.mark.parametrize(
+    ("tag", "license", "labels", "message"),
+    [
+        ("a.b", "mit", ["a", "b", "c"], "entries/faim_test_resnet.a.b.yaml: tag must be letters"),
+        ("t", "", ["a", "b", "c"], "license must be an identifier of the Hub"),
+        ("t", "mit", ["a", "b\nc", "d"], "has 4 names, num_classes is 3"),
+        ("mine", "", ["a", "b", "c"], "mine.labels.txt exists. Choose another --tag"),
+    ],
+)
 def test_an_entry_that_is_not_valid_leaves_nothing(tmp_path, tag, license, labels, message):
     model = timm.create_model("faim_test_resnet", num_classes=3)
     run = save_model(model, tmp_path / "run", labels)

@@ -1,4 +1,5 @@
 """The folder that is published: what is in it, what is not, and that it opens."""
+
 import json
 import subprocess
 import sys
@@ -31,15 +32,25 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def package(finished, tmp_path):
-    model = build_package(finished, tmp_path / "package", Release(
-        REPO, "mit", ["me/pets"], "Pets", label_descriptions={"cat": "a small animal"}))
+    model = build_package(
+        finished,
+        tmp_path / "package",
+        Release(REPO, "mit", ["me/pets"], "Pets", label_descriptions={"cat": "a small animal"}),
+    )
     return tmp_path / "package", model
 
 
 def test_files_are_those_that_people_need_and_no_others(package):
     assert sorted(path.name for path in package[0].iterdir()) == [
-        "README.md", "config.json", "eval.json", "learning_curve.png", "metric.png", "model.safetensors", "summary.csv",
-        "train_args.yaml"]
+        "README.md",
+        "config.json",
+        "eval.json",
+        "learning_curve.png",
+        "metric.png",
+        "model.safetensors",
+        "summary.csv",
+        "train_args.yaml",
+    ]
 
 
 def test_it_opens_with_the_logits_of_the_run(package, finished):
@@ -67,9 +78,18 @@ def test_tag_and_licence_of_the_base_model_do_not_stay(finished, tmp_path):
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
-    (source / "args.yaml").write_text(yaml.safe_dump({
-        "model": "faim_test_resnet.r160_in1k", "pretrained": True, "data_dir": "/home/me/pets", "output": "/tmp/x",
-        "lr": 0.1, "class_map": "names.txt"}))
+    (source / "args.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": "faim_test_resnet.r160_in1k",
+                "pretrained": True,
+                "data_dir": "/home/me/pets",
+                "output": "/tmp/x",
+                "lr": 0.1,
+                "class_map": "names.txt",
+            }
+        )
+    )
     build_package(source, tmp_path / "package", Release("me/pets"))
     cfg = json.loads((tmp_path / "package" / "config.json").read_text())["pretrained_cfg"]
     assert not {"tag", "license", "origin_url", "paper_ids"} & cfg.keys()
@@ -77,7 +97,10 @@ def test_tag_and_licence_of_the_base_model_do_not_stay(finished, tmp_path):
     assert card.data.base_model == "timm/test_resnet.r160_in1k" and card.data.license is None
     assert "licence of the weights | none given" in card.text
     assert yaml.safe_load((tmp_path / "package" / "train_args.yaml").read_text()) == {
-        "model": "faim_test_resnet.r160_in1k", "pretrained": True, "lr": 0.1}
+        "model": "faim_test_resnet.r160_in1k",
+        "pretrained": True,
+        "lr": 0.1,
+    }
     for path in (tmp_path / "package").iterdir():
         assert b"/home/me" not in path.read_bytes()
 
@@ -108,8 +131,9 @@ def test_a_card_without_numbers(tmp_path):
 
 def test_a_card_of_several_labels_an_image_has_their_metric(tmp_path):
     saved = save_model(timm.create_model("faim_test_resnet", num_classes=2), tmp_path / "saved")
-    (saved / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_map,eval_samples\n0,1.5,1.2,40.0,7\n"
-                                       "1,1.4,1.1,62.5,7\n2,1.3,1.0,61.0,7\n")
+    (saved / "summary.csv").write_text(
+        "epoch,train_loss,eval_loss,eval_map,eval_samples\n0,1.5,1.2,40.0,7\n1,1.4,1.1,62.5,7\n2,1.3,1.0,61.0,7\n"
+    )
     build_package(saved, tmp_path / "package", Release("me/plain", "mit"))
     text = (tmp_path / "package" / "README.md").read_text()
     assert "| mean average precision | 62.50 % |" in text and "on 7 images" in text
@@ -121,15 +145,18 @@ def test_a_plain_model_can_be_published_too(tmp_path):
     assert not (tmp_path / "package" / "metric.png").exists()
 
 
-@pytest.mark.parametrize(("breakage", "message"), [
-    ("no config", r"cannot read .*config.json.*Name the run folder"),
-    ("config", r"config.json must be an object"),
-    ("weights", r"cannot read the weights .*model.safetensors.*Only safetensors are published"),
-    ("pickle", r"cannot read the weights .*model.safetensors"),
-    ("other weights", r"does not open with timm"),
-    ("nan", r"logits that are not finite"),
-    ("full target", r"is not empty"),
-])
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        ("no config", r"cannot read .*config.json.*Name the run folder"),
+        ("config", r"config.json must be an object"),
+        ("weights", r"cannot read the weights .*model.safetensors.*Only safetensors are published"),
+        ("pickle", r"cannot read the weights .*model.safetensors"),
+        ("other weights", r"does not open with timm"),
+        ("nan", r"logits that are not finite"),
+        ("full target", r"is not empty"),
+    ],
+)
 def test_a_folder_that_cannot_be_published(finished, tmp_path, breakage, message):
     source = tmp_path / "run"
     source.mkdir()
@@ -205,8 +232,12 @@ def test_a_wheel_carries_entries_recipes_and_data(tmp_path):
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"timm_faim/hub_configs/template.yaml", "timm_faim/configs/omniglot.yaml",
-            "timm_faim/data/omniglot242.tar.gz", "timm_faim/hub/__main__.py"} <= names
+    assert {
+        "timm_faim/hub_configs/template.yaml",
+        "timm_faim/configs/omniglot.yaml",
+        "timm_faim/data/omniglot242.tar.gz",
+        "timm_faim/hub/__main__.py",
+    } <= names
 
 
 def test_a_name_is_words_in_the_card_and_never_a_formula_in_a_table(finished, tmp_path):

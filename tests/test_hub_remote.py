@@ -3,6 +3,7 @@
 The client reads its settings when it is imported, so it runs in processes of its own; each runs a script of several
 steps, because starting one takes seconds.
 """
+
 import concurrent.futures
 import json
 import os
@@ -76,11 +77,23 @@ def client(hub, tmp_path):
         return json.loads(output.splitlines()[-1])
 
     def start(script, home="home", **environment):
-        settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / home),
-                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        settings = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": hub.token,
+            "HF_HOME": str(tmp_path / home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
         code = f"{PREAMBLE}\n{textwrap.dedent(script)}\nprint(json.dumps(result))"
-        return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, **settings, **environment}, cwd=tmp_path)
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **settings, **environment},
+            cwd=tmp_path,
+        )
 
     call.start = start
     return call
@@ -113,8 +126,16 @@ def test_round_trip(hub, client, run, tmp_path):
     assert client(f"result = [attempt({push}), attempt({push})]") == [None, None]
     assert commits(hub) == ["Add FAIM model"]
     files = hub.files(REPO)
-    assert set(files) == {"README.md", "config.json", "learning_curve.png", "model.safetensors", "summary.csv",
-                          "metric.png", "train_args.yaml", ".gitattributes"}
+    assert set(files) == {
+        "README.md",
+        "config.json",
+        "learning_curve.png",
+        "model.safetensors",
+        "summary.csv",
+        "metric.png",
+        "train_args.yaml",
+        ".gitattributes",
+    }
     assert not [name for name in files if name.endswith((".bin", ".pkl", ".pt", ".pth"))]
     assert not hub.repos[REPO].private
 
@@ -282,8 +303,22 @@ def test_entries_are_published_checked_and_opened_by_their_tag(hub, client, run,
 
 def test_training_publishes_its_run_at_the_end(hub, client, tmp_path):
     images = make_images(tmp_path / "images")
-    argv = ["--data-dir", str(images), "--output", str(tmp_path), "--experiment", "run", "--model", "faim_test_resnet",
-            *TINY, "--push-to-hub", REPO, "--hub-private", "--hub-license", "mit"]
+    argv = [
+        "--data-dir",
+        str(images),
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        "--push-to-hub",
+        REPO,
+        "--hub-private",
+        "--hub-license",
+        "mit",
+    ]
     script = f"""
     sys.path.insert(0, {str(ROOT)!r})
     import train_faim

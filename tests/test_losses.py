@@ -56,10 +56,18 @@ def arguments(setup, seed, dtype=torch.float64):
 
 
 SETUPS = ["own", "ref", "own pairs", "ref triplets", "own triplets"]
-CALLS = [pytest.param(name, setup, id=f"{name}-{setup}") for name in LOSSES for setup in SETUPS
-         if name != "npair" or " " not in setup]  # that one takes no indices_tuple
-PATHS = [pytest.param(name, blocks, id=f"{name}-{'blocks' if blocks else 'whole'}") for name in LOSSES
-         for blocks in (False, True) if name != "npair" or not blocks]
+CALLS = [
+    pytest.param(name, setup, id=f"{name}-{setup}")
+    for name in LOSSES
+    for setup in SETUPS
+    if name != "npair" or " " not in setup
+]  # that one takes no indices_tuple
+PATHS = [
+    pytest.param(name, blocks, id=f"{name}-{'blocks' if blocks else 'whole'}")
+    for name in LOSSES
+    for blocks in (False, True)
+    if name != "npair" or not blocks
+]
 
 
 def all_gradients(loss, value, x, given):
@@ -111,8 +119,9 @@ def test_blocks_leave_out_what_needs_no_gradient(name, frozen, monkeypatch):
     x, given = arguments("own", seed=1)
     with torch.no_grad():
         expected = loss(x, **given)
-    wanted = dict(zip(("x", *dict(metric.named_parameters())), all_gradients(loss, loss(x, **given), x, given),
-                      strict=True))
+    wanted = dict(
+        zip(("x", *dict(metric.named_parameters())), all_gradients(loss, loss(x, **given), x, given), strict=True)
+    )
     x.requires_grad_(frozen not in ("x", "both"))
     for key, parameter in metric.named_parameters():
         parameter.requires_grad_(not (frozen in ("metric", "both") or key == frozen))
@@ -390,6 +399,7 @@ def test_references_that_are_the_embeddings_are_themselves_no_positives():
 
 # The margin loss
 
+
 @each_form
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("counts", [None, [5, 80, 3, 16]])
@@ -471,6 +481,7 @@ def test_margin_loss_in_half_precision(dtype):
 
 # Bad input
 
+
 @pytest.mark.parametrize("name", ["ntxent", "batch-hard", "npair"])  # each has its way through the checks
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -482,8 +493,10 @@ def test_margin_loss_in_half_precision(dtype):
         (dict(labels=None), "labels"),
         (dict(embeddings=torch.zeros(10, D + 1)), rf"embeddings must be \[B, {D}\].*\[10, {D + 1}\]"),
         (dict(embeddings=torch.zeros(10, D, 2)), rf"embeddings must be \[B, {D}\].*\[10, {D}, 2\]"),
-        (dict(embeddings=torch.zeros(10, D).index_fill(0, torch.tensor([3, 7]), math.nan)),
-         "embeddings are not finite in 2 of 10 rows.*row 3"),
+        (
+            dict(embeddings=torch.zeros(10, D).index_fill(0, torch.tensor([3, 7]), math.nan)),
+            "embeddings are not finite in 2 of 10 rows.*row 3",
+        ),
         (dict(embeddings=torch.full((10, D), math.inf)), "not finite in 10 of 10 rows.*row 0"),
         (dict(ref_emb=torch.zeros(4, D)), "ref_emb needs ref_labels"),
         (dict(ref_labels=LABELS), "ref_labels are given without ref_emb"),
@@ -504,10 +517,15 @@ def test_bad_calls(name, change, message):
     [
         (lambda: FAIMInfoNCELoss(), "a head or a metric.*in_features.*neither"),
         (lambda: FAIMTripletLoss(FAIMMetric(D), D), "a head or a metric.*in_features.*both"),
-        *((lambda value=value, loss=loss: loss(in_features=D, temperature=value), f"temperature.*{value}")
-          for value in (0, -1.0, math.nan, math.inf) for loss in (FAIMInfoNCELoss, FAIMNPairLoss)),
-        *((lambda value=value: FAIMTripletLoss(in_features=D, margin=value), f"margin.*{value}")
-          for value in (0, -0.5, math.nan)),
+        *(
+            (lambda value=value, loss=loss: loss(in_features=D, temperature=value), f"temperature.*{value}")
+            for value in (0, -1.0, math.nan, math.inf)
+            for loss in (FAIMInfoNCELoss, FAIMNPairLoss)
+        ),
+        *(
+            (lambda value=value: FAIMTripletLoss(in_features=D, margin=value), f"margin.*{value}")
+            for value in (0, -0.5, math.nan)
+        ),
         (lambda: FAIMInfoNCELoss(in_features=D, form="simclr"), "form.*ntxent.*supcon.*simclr"),
         (lambda: FAIMTripletLoss(in_features=D, mining="hard"), "mining.*batch-hard.*semi-hard.*'hard'"),
         (lambda: FAIMMarginLoss(4, D, margin=0), "margin.*0"),

@@ -25,32 +25,45 @@ D = 5
 LABELS = torch.tensor([0, 2, 0, 1, 0, 1, 2, 3, 2, 2])
 
 ACCEPTS, REFUSES, NONE, SIMILARITY = "accepts it", "refuses it", "takes no distance", "reads a similarity"
-EXPECTED = {name: (verdict, instead) for verdict, instead, names in [
-    (ACCEPTS, "", """
+EXPECTED = {
+    name: (verdict, instead)
+    for verdict, instead, names in [
+        (
+            ACCEPTS,
+            "",
+            """
         ContrastiveLoss GeneralizedLiftedStructureLoss IntraPairVarianceLoss LiftedStructureLoss MarginLoss
         MultiSimilarityLoss NCALoss NPairsLoss NTXentLoss NormalizedSoftmaxLoss ProxyAnchorLoss ProxyNCALoss
         RankedListLoss SupConLoss TripletMarginLoss BatchEasyHardMiner BatchHardMiner HDCMiner MultiSimilarityMiner
-        PairMarginMiner TripletMarginMiner UniformHistogramMiner"""),
-    (REFUSES, "FAIMMarginLoss", """
+        PairMarginMiner TripletMarginMiner UniformHistogramMiner""",
+        ),
+        (
+            REFUSES,
+            "FAIMMarginLoss",
+            """
         ArcFaceLoss CosFaceLoss InstanceLoss LargeMarginSoftmaxLoss SoftTripleLoss SphereFaceLoss
-        SubCenterArcFaceLoss"""),
-    (REFUSES, "FAIMInfoNCELoss", "CircleLoss FastAPLoss PNPLoss SmoothAPLoss"),
-    (REFUSES, "FAIMTripletLoss", "AngularLoss"),
-    (REFUSES, "FAIMTripletLoss(soft_margin=True)", "DynamicSoftMarginLoss"),
-    (REFUSES, "FAIMNPairLoss", "TupletMarginLoss"),
-    (REFUSES, "ContrastiveLoss", "SignalToNoiseRatioContrastiveLoss ThresholdConsistentMarginLoss"),
-    (REFUSES, "TripletMarginMiner", "AngularMiner"),
-    (REFUSES, "BatchHardMiner or MultiSimilarityMiner", "DistanceWeightedMiner"),
-    (SIMILARITY, "FAIMInfoNCELoss", "HistogramLoss"),
-    (SIMILARITY, "FAIMMarginLoss", "ManifoldLoss"),
-    (NONE, "", "EmbeddingsAlreadyPackagedAsTriplets P2SGradLoss VICRegLoss"),
-] for name in names.split()}
+        SubCenterArcFaceLoss""",
+        ),
+        (REFUSES, "FAIMInfoNCELoss", "CircleLoss FastAPLoss PNPLoss SmoothAPLoss"),
+        (REFUSES, "FAIMTripletLoss", "AngularLoss"),
+        (REFUSES, "FAIMTripletLoss(soft_margin=True)", "DynamicSoftMarginLoss"),
+        (REFUSES, "FAIMNPairLoss", "TupletMarginLoss"),
+        (REFUSES, "ContrastiveLoss", "SignalToNoiseRatioContrastiveLoss ThresholdConsistentMarginLoss"),
+        (REFUSES, "TripletMarginMiner", "AngularMiner"),
+        (REFUSES, "BatchHardMiner or MultiSimilarityMiner", "DistanceWeightedMiner"),
+        (SIMILARITY, "FAIMInfoNCELoss", "HistogramLoss"),
+        (SIMILARITY, "FAIMMarginLoss", "ManifoldLoss"),
+        (NONE, "", "EmbeddingsAlreadyPackagedAsTriplets P2SGradLoss VICRegLoss"),
+    ]
+    for name in names.split()
+}
 ABSTRACT = {"BaseMetricLossFunction", "GenericPairLoss", "BaseMiner"}
 SAYS_NOTHING = {"SoftTripleLoss"}  # a bare assert
 
 CLASSES, WIDTH = 5, 8
-ARGUMENTS = dict(num_classes=CLASSES, embedding_size=WIDTH, descriptors_dim=WIDTH, l=WIDTH, K=CLASSES, margin=0.2,
-                 Tn=1.0)  # what constructors of the library ask for
+ARGUMENTS = dict(
+    num_classes=CLASSES, embedding_size=WIDTH, descriptors_dim=WIDTH, l=WIDTH, K=CLASSES, margin=0.2, Tn=1.0
+)  # what constructors of the library ask for
 
 
 class CountingDistance(FAIMDistance):
@@ -73,8 +86,12 @@ def library_classes():
 
 def construct(cls, distance):
     """An object with what its constructors must be told."""
-    needed = {name for c in cls.__mro__ for name, p in inspect.signature(c.__init__).parameters.items()
-              if p.default is inspect.Parameter.empty or name == "K"}
+    needed = {
+        name
+        for c in cls.__mro__
+        for name, p in inspect.signature(c.__init__).parameters.items()
+        if p.default is inspect.Parameter.empty or name == "K"
+    }
     return cls(distance=distance, **{name: ARGUMENTS[name] for name in needed & set(ARGUMENTS)})
 
 
@@ -136,8 +153,11 @@ def test_what_the_library_does_with_our_distance(name):
 def test_the_table_in_the_docs_is_the_classification():
     table = DOCS[DOCS.index("| with FAIMDistance |") :]
     rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", table, re.MULTILINE)[1:]
-    listed = {name: (verdict.strip(), instead.replace("`", "").strip())
-              for verdict, instead, names in rows for name in names.split(", ")}
+    listed = {
+        name: (verdict.strip(), instead.replace("`", "").strip())
+        for verdict, instead, names in rows
+        for name in names.split(", ")
+    }
     assert listed == EXPECTED
     assert len(listed) == sum(len(names.split(", ")) for _, _, names in rows)
 
@@ -157,6 +177,7 @@ def test_a_refusal_of_another_distance_is_as_it_was():
 
 
 # The distance
+
 
 @pytest.mark.parametrize(("full", "symmetric"), FORMS)
 def test_matrix_and_pairs_are_the_literal_distance_of_query_and_reference(full, symmetric):
@@ -230,8 +251,9 @@ def test_nearest_neighbours_are_those_by_brute_force(batch_size):
 def test_accuracies_without_faiss():
     metric = random_metric(D, full_sigma=False, dtype=torch.float32)
     x, labels = torch.randn(30, D), torch.arange(30) % 4
-    calculator = AccuracyCalculator(include=("precision_at_1", "r_precision"), device=torch.device("cpu"),
-                                    knn_func=CustomKNN(FAIMDistance(metric)))
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "r_precision"), device=torch.device("cpu"), knn_func=CustomKNN(FAIMDistance(metric))
+    )
     got = calculator.get_accuracy(x, labels)
     nearest = metric.reference(x, x).fill_diagonal_(torch.inf).argsort(1)
     right = labels[nearest] == labels[:, None]
@@ -242,6 +264,7 @@ def test_accuracies_without_faiss():
 
 
 # Our losses are theirs where the definitions coincide
+
 
 @pytest.mark.parametrize(("full", "symmetric"), FORMS)
 @pytest.mark.parametrize("setup", ["own", "ref", "pairs", "triplets"])
@@ -258,12 +281,16 @@ def test_our_losses_equal_those_of_the_library(full, symmetric, setup):
         given = (LABELS, miners.TripletMarginMiner(margin=1.0, distance=distance)(x, LABELS))
     both = [
         (FAIMTripletLoss(metric, margin=MARGIN, mining="all"), losses.TripletMarginLoss(MARGIN, distance=distance)),
-        (FAIMTripletLoss(metric, mining="all", soft_margin=True),
-         losses.TripletMarginLoss(0.0, smooth_loss=True, distance=distance)),
+        (
+            FAIMTripletLoss(metric, mining="all", soft_margin=True),
+            losses.TripletMarginLoss(0.0, smooth_loss=True, distance=distance),
+        ),
     ]
     if setup != "triplets":  # there a pair counts as often as it comes; here once
-        both += [(FAIMInfoNCELoss(metric, temperature=0.3), losses.NTXentLoss(0.3, distance=distance)),
-                 (FAIMInfoNCELoss(metric, temperature=0.3, form="supcon"), losses.SupConLoss(0.3, distance=distance))]
+        both += [
+            (FAIMInfoNCELoss(metric, temperature=0.3), losses.NTXentLoss(0.3, distance=distance)),
+            (FAIMInfoNCELoss(metric, temperature=0.3, form="supcon"), losses.SupConLoss(0.3, distance=distance)),
+        ]
     if setup == "own":
         both.append((FAIMNPairLoss(metric, temperature=1.0), losses.NPairsLoss(distance=distance)))
     inputs = (x, *metric.parameters())
@@ -342,8 +369,12 @@ def test_a_memory_of_batches_gives_references(miner):
 
     metric = random_metric(D, full_sigma=True, symmetric=False)
     distance = FAIMDistance(metric)
-    memory = Memory(FAIMInfoNCELoss(metric, temperature=TEMPERATURE), D, memory_size=25,
-                    miner=miner and miner(epsilon=9.0, distance=distance))  # so that it keeps every pair
+    memory = Memory(
+        FAIMInfoNCELoss(metric, temperature=TEMPERATURE),
+        D,
+        memory_size=25,
+        miner=miner and miner(epsilon=9.0, distance=distance),
+    )  # so that it keeps every pair
     kept, kept_labels = torch.empty(0, D, dtype=torch.float64), torch.empty(0, dtype=torch.long)
     for step in range(4):  # 25 are full in the third
         x = torch.randn(10, D, dtype=torch.float64, requires_grad=True)

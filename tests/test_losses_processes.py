@@ -26,8 +26,10 @@ def process_cases():
     for name in LOSSES:
         for key, classes in labels.items():
             yield f"{name}, {key}", name, {"labels": classes}
-        ref = {"ref_emb": torch.randn(8, D, dtype=torch.float64, generator=generator),
-               "ref_labels": torch.tensor([2, 0, 4, 1, 3, 0, 0, 9])}
+        ref = {
+            "ref_emb": torch.randn(8, D, dtype=torch.float64, generator=generator),
+            "ref_labels": torch.tensor([2, 0, 4, 1, 3, 0, 0, 9]),
+        }
         yield f"{name}, references", name, {"labels": labels["shared"], **ref}
         if name != "npair":
             for kind in ("pairs", "triplets"):
@@ -48,8 +50,10 @@ def _losses_of_a_process(folder, block):
     for key, name, given in process_cases():
         metric, x = process_metric()
         leaves = {"x": x.chunk(2)[distributed.get_rank()].clone().requires_grad_()}
-        call = {k: v[distributed.get_rank()] if k == "indices_tuple" else v.chunk(2)[distributed.get_rank()]
-                for k, v in given.items()}
+        call = {
+            k: v[distributed.get_rank()] if k == "indices_tuple" else v.chunk(2)[distributed.get_rank()]
+            for k, v in given.items()
+        }
         if "ref_emb" in call:
             leaves["ref_emb"] = call["ref_emb"] = call["ref_emb"].clone().requires_grad_()
         value = build(name, metric, cross_rank=True)(leaves["x"], **call)
@@ -58,8 +62,11 @@ def _losses_of_a_process(folder, block):
         distributed.all_reduce(value)
         for parameter in metric.parameters():  # as DistributedDataParallel does
             distributed.all_reduce(parameter.grad)
-        results[key] = (value / 2, {k: leaf.grad / 2 for k, leaf in leaves.items()},
-                        [p.grad / 2 for p in metric.parameters()])
+        results[key] = (
+            value / 2,
+            {k: leaf.grad / 2 for k, leaf in leaves.items()},
+            [p.grad / 2 for p in metric.parameters()],
+        )
     torch.save(results, folder / f"{distributed.get_rank()}.pt")
 
 

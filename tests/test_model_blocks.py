@@ -1,4 +1,5 @@
 """FAIM blocks inside timm models: outputs and names of the backbone stay; what timm and PyTorch do with models goes."""
+
 import copy
 import json
 import pickle
@@ -20,8 +21,14 @@ from timm_faim.models.blocks import block_places
 from timm_faim.run.errors import UserError
 
 # transformers [B, N, D], NHWC, NCHW of several kinds
-ARCHS = {"vit_tiny_patch16_224": 2, "swin_tiny_patch4_window7_224": 2, "convnext_atto": 2, "resnet18": 2,
-         "efficientnet_b0": 2, "test_vit": 1}
+ARCHS = {
+    "vit_tiny_patch16_224": 2,
+    "swin_tiny_patch4_window7_224": 2,
+    "convnext_atto": 2,
+    "resnet18": 2,
+    "efficientnet_b0": 2,
+    "test_vit": 1,
+}
 SIZES = {"vit_tiny_patch16_224": 224, "swin_tiny_patch4_window7_224": 224, "test_vit": 160}
 
 
@@ -75,29 +82,43 @@ def test_the_last_blocks_are_taken():
     assert [(p.dim, p.channels_first) for p in block_places("resnet50", {})[-1:]] == [(2048, True)]
 
 
-@pytest.mark.parametrize("arch, arguments", [("vit_tiny_patch16_224", dict(img_size=96, in_chans=1)),
-                                             ("convnext_atto", dict(in_chans=4)), ("resnet18", dict(in_chans=1))])
+@pytest.mark.parametrize(
+    "arch, arguments",
+    [
+        ("vit_tiny_patch16_224", dict(img_size=96, in_chans=1)),
+        ("convnext_atto", dict(in_chans=4)),
+        ("resnet18", dict(in_chans=1)),
+    ],
+)
 def test_with_other_arguments(arch, arguments):
     model = timm.create_model(f"faim_{arch}", num_classes=3, faim_cfg=dict(blocks=1), **arguments)
     size = arguments.get("img_size", 64)
     assert model(torch.randn(2, arguments["in_chans"], size, size)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("arch, count, message", [
-    ("vgg11", 1, "faim_vgg11 has none. Ask for blocks=0"), ("densenet121", 2, "faim_densenet121 has none"),
-    ("resnet18", 6, r"faim_resnet18 has 5: layer1.0, layer1.1, layer2.1, layer3.1, layer4.1. Ask for no more"),
-])
+@pytest.mark.parametrize(
+    "arch, count, message",
+    [
+        ("vgg11", 1, "faim_vgg11 has none. Ask for blocks=0"),
+        ("densenet121", 2, "faim_densenet121 has none"),
+        ("resnet18", 6, r"faim_resnet18 has 5: layer1.0, layer1.1, layer2.1, layer3.1, layer4.1. Ask for no more"),
+    ],
+)
 def test_more_blocks_than_there_are(arch, count, message):
     with pytest.raises(ValueError, match=message):
         create(arch, blocks=count)
 
 
-@pytest.mark.parametrize("cfg, error, message", [
-    (dict(blocks=-1), ValueError, r"faim_cfg\['blocks'\] must be >= 0, got -1"),
-    (dict(blocks=1, block_base="man"), ValueError, "must be one of .* got 'man'"),
-    (dict(blocks=1.5), TypeError, "must be int"), (dict(block=1), ValueError, "did you mean 'blocks'"),
-    (dict(blocks=2, block_shared=True), ValueError, "have different widths"),
-])
+@pytest.mark.parametrize(
+    "cfg, error, message",
+    [
+        (dict(blocks=-1), ValueError, r"faim_cfg\['blocks'\] must be >= 0, got -1"),
+        (dict(blocks=1, block_base="man"), ValueError, "must be one of .* got 'man'"),
+        (dict(blocks=1.5), TypeError, "must be int"),
+        (dict(block=1), ValueError, "did you mean 'blocks'"),
+        (dict(blocks=2, block_shared=True), ValueError, "have different widths"),
+    ],
+)
 def test_wrong_options(cfg, error, message):
     with pytest.raises(error, match=message):
         create("resnet18", **cfg)
@@ -113,8 +134,9 @@ def test_pretrained_weights_keep_their_classes(tmp_path):
     plain = timm.create_model("test_vit", num_classes=7).eval()
     save_file(plain.state_dict(), tmp_path / "w.safetensors")
     overlay = dict(file=str(tmp_path / "w.safetensors"), num_classes=7)
-    model = timm.create_model("faim_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7,
-                              faim_cfg=dict(blocks=1)).eval()
+    model = timm.create_model(
+        "faim_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, faim_cfg=dict(blocks=1)
+    ).eval()
     x = images("test_vit", 8)
     with torch.no_grad():
         assert torch.equal(model.forward_features(x), plain.forward_features(x))
@@ -142,8 +164,9 @@ def test_fewer_stages_leave_their_charts_out(tmp_path, arch):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(features(x), expected, strict=True))
 
 
-@pytest.mark.parametrize("cfg", [dict(blocks=2), dict(blocks=2, block_base="mlp", block_shared=True),
-                                 dict(blocks=1, block_full_sigma=True)])
+@pytest.mark.parametrize(
+    "cfg", [dict(blocks=2), dict(blocks=2, block_base="mlp", block_shared=True), dict(blocks=1, block_full_sigma=True)]
+)
 def test_a_saved_model_comes_back(tmp_path, cfg):
     model = disturb(create("vit_tiny_patch16_224", **cfg))
     save_model(model, tmp_path)
@@ -249,7 +272,7 @@ def gradients_are_those_of_one_process(sharded):
     else:
         run = nn.parallel.DistributedDataParallel(parallel)
     whole(x).square().mean().backward()
-    run(x[2 * rank:2 * rank + 2]).square().mean().backward()
+    run(x[2 * rank : 2 * rank + 2]).square().mean().backward()
     for (name, a), b in zip(whole.named_parameters(), parallel.parameters(), strict=True):
         if not a.requires_grad:
             continue
@@ -257,16 +280,39 @@ def gradients_are_those_of_one_process(sharded):
         assert (found - a.grad).abs().max() <= 1e-4 * a.grad.abs().max() + 1e-7, name
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.skipif(
-    is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU"))])
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU"
+            ),
+        ),
+    ],
+)
 def test_two_processes_compute_the_gradients_of_one(sharded):
     in_group(gradients_are_those_of_one_process, sharded)
 
 
 def test_training_moves_the_charts_and_saves_them(tmp_path):
     data = make_images(tmp_path / "images")
-    run = train_tiny(data, tmp_path, "--faim-blocks", "1", "--contrastive", "supcon:0.1", "--views", "2",
-                     "--lr-scale-mu", "2", "--epochs", "3", "--model-ema")
+    run = train_tiny(
+        data,
+        tmp_path,
+        "--faim-blocks",
+        "1",
+        "--contrastive",
+        "supcon:0.1",
+        "--views",
+        "2",
+        "--lr-scale-mu",
+        "2",
+        "--epochs",
+        "3",
+        "--model-ema",
+    )
     saved = load_file(run / "last.safetensors")
     start = FAIMChart(32).state_dict()
     for name in ("p", "owned_metric.lmbda", "owned_metric.log_sigma_diag"):

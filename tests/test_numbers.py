@@ -1,4 +1,5 @@
 """Every number of the command line and of recipes has a range, stated where the option is declared."""
+
 import math
 import random
 
@@ -34,15 +35,45 @@ def test_every_number_has_a_range():
     assert "[a whole number in 0..2147483647]" in text
 
 
-@pytest.mark.parametrize("line", [
-    "--seed -1", "--seed 4294967296", "--crop-pct 100", "--crop-pct 1e-9", "--affine nan 0 0 0", "--affine 0 0 0 inf",
-    "--in-chans 100", "--decay-epochs 0 --sched step", "--cpu-threads 100000", "--img-size 1000000",
-    "--views 10000", "--min-lr nan", "--weight-decay -1", "--warmup-lr nan", "--lr-noise nan nan", "--decay-rate nan",
-    "--layer-decay nan", "--layer-decay 0", "--color-jitter nan", "--ratio 0 0", "--input-size 3 0 8", "--std 0 0 0",
-    "--affine 10 2 0 0", "--affine 10 0 1 0", "--affine 10 0 0 90", "--lr-noise 0.9 0.1", "--decay-milestones 20 10",
-    "--lr-noise-pct 0", "--lr-cycle-mul 1e-300",
-    "--scale 0.9 0.1", "--ratio 2 1", "--in-chans 2", "--input-size 4 8 8", "--input-img-mode F",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--seed -1",
+        "--seed 4294967296",
+        "--crop-pct 100",
+        "--crop-pct 1e-9",
+        "--affine nan 0 0 0",
+        "--affine 0 0 0 inf",
+        "--in-chans 100",
+        "--decay-epochs 0 --sched step",
+        "--cpu-threads 100000",
+        "--img-size 1000000",
+        "--views 10000",
+        "--min-lr nan",
+        "--weight-decay -1",
+        "--warmup-lr nan",
+        "--lr-noise nan nan",
+        "--decay-rate nan",
+        "--layer-decay nan",
+        "--layer-decay 0",
+        "--color-jitter nan",
+        "--ratio 0 0",
+        "--input-size 3 0 8",
+        "--std 0 0 0",
+        "--affine 10 2 0 0",
+        "--affine 10 0 1 0",
+        "--affine 10 0 0 90",
+        "--lr-noise 0.9 0.1",
+        "--decay-milestones 20 10",
+        "--lr-noise-pct 0",
+        "--lr-cycle-mul 1e-300",
+        "--scale 0.9 0.1",
+        "--ratio 2 1",
+        "--in-chans 2",
+        "--input-size 4 8 8",
+        "--input-img-mode F",
+    ],
+)
 def test_numbers_that_made_tracebacks_hangs_or_nothing(line):
     words = line.split()
     with pytest.raises(UserError) as caught:
@@ -60,10 +91,16 @@ def test_a_range_holds_for_recipes_too(tmp_path):
             parse_args(["-c", str(path)])
 
 
-@pytest.mark.parametrize("content", [
-    {"opt_betas": [0.9, "--push-to-hub=a/b"]}, {"log_with": ["--push-to-hub=a/b"]}, {"freeze": ["-b", "7"]},
-    {"opt_kwargs": {"--push-to-hub": "a/b"}}, {"log_with": ["tensorboard", "--hub-license=mit"]},
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"opt_betas": [0.9, "--push-to-hub=a/b"]},
+        {"log_with": ["--push-to-hub=a/b"]},
+        {"freeze": ["-b", "7"]},
+        {"opt_kwargs": {"--push-to-hub": "a/b"}},
+        {"log_with": ["tensorboard", "--hub-license=mit"]},
+    ],
+)
 def test_values_of_a_recipe_are_no_flags(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"data_dir": "d", **content}))
@@ -147,10 +184,15 @@ def test_options_that_make_another_head_do_not_go_on_with_a_run(run):
         train(*options, "--resume", folder, "--faim-cfg", "margin=0.3")
 
 
-@pytest.mark.parametrize("line", [
-    "--lr-cycle-mul 10 --lr-cycle-limit 1000", "--lr-cycle-mul 0.5 --lr-cycle-limit 3 --cooldown-epochs 4 --epochs 6",
-    "--sched step --decay-epochs 0.001 --decay-rate 100", "--sched tanh --lr-cycle-mul 100 --lr-cycle-limit 900",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lr-cycle-mul 10 --lr-cycle-limit 1000",
+        "--lr-cycle-mul 0.5 --lr-cycle-limit 3 --cooldown-epochs 4 --epochs 6",
+        "--sched step --decay-epochs 0.001 --decay-rate 100",
+        "--sched tanh --lr-cycle-mul 100 --lr-cycle-limit 900",
+    ],
+)
 def test_schedules_without_rates_are_one_line(line):
     args = parse_args(["--data-dir", "d", "--warmup-epochs", "0", *line.split()])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

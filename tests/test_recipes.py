@@ -1,4 +1,5 @@
 """The shipped recipes: every key is a flag, the pretrained weights exist, and an epoch runs with the settings."""
+
 import re
 from pathlib import Path
 
@@ -17,8 +18,22 @@ RECIPES = sorted((ROOT / "timm_faim" / "configs").glob("*.yaml"))
 FINE_TUNING = [path for path in RECIPES if path.stem.startswith("finetune")]
 TINY_MODEL = {"finetune_vit": "test_vit", "finetune_vit_abc": "test_vit"}  # test_resnet for the others
 # What a generated folder needs instead of a recipe's own data and weights; the rest stays as the recipe says.
-SMALL = ["--no-pretrained", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4",
-         "--workers", "0", "--cpu-threads", "1", "--no-report"]
+SMALL = [
+    "--no-pretrained",
+    "--img-size",
+    "32",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--cpu-threads",
+    "1",
+    "--no-report",
+]
 
 
 def by_name(paths):

@@ -1,4 +1,5 @@
 """The report: its numbers against the metric, its choices, and the page on tiny, large and odd cases."""
+
 import base64
 import re
 from html.parser import HTMLParser
@@ -24,9 +25,13 @@ from timm_faim.report.page import write_report
 ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
 FLAT = PRESETS["flat"] | {"lambda_init": 0.4}
 HEADS = {
-    "default": {}, "flat": FLAT, "full": FLAT | {"full_sigma": True}, "randers": FLAT | {"symmetric": False},
+    "default": {},
+    "flat": FLAT,
+    "full": FLAT | {"full_sigma": True},
+    "randers": FLAT | {"symmetric": False},
     "full randers on the sphere": {"full_sigma": True, "symmetric": False, "space": "sphere"},
-    "sphere with prior": {"space": "sphere", "prior": True}, "no 1-form": FLAT | {"lambda_init": 0.0},
+    "sphere with prior": {"space": "sphere", "prior": True},
+    "no 1-form": FLAT | {"lambda_init": 0.0},
 }
 
 
@@ -38,8 +43,16 @@ def images(tmp_path_factory):
 def loader_of(images, split, channels=3, size=32, batch_size=4):
     dataset = create_dataset("", root=str(images), split=split, input_img_mode="L" if channels == 1 else "RGB")
     mean = (0.4, 0.5, 0.6)[:channels]
-    return create_loader(dataset, (channels, size, size), batch_size, num_workers=0, mean=mean, std=mean,
-                         crop_pct=1.0, device=torch.device("cpu"))
+    return create_loader(
+        dataset,
+        (channels, size, size),
+        batch_size,
+        num_workers=0,
+        mean=mean,
+        std=mean,
+        crop_pct=1.0,
+        device=torch.device("cpu"),
+    )
 
 
 def odd_head(options, C=5, D=12):
@@ -63,8 +76,9 @@ def test_two_parts_are_the_literal_ones_and_sum_to_the_distance(options):
     logits = head(x).detach()
     if head.prior is not None:
         logits = logits - head.prior.detach()
-    torch.testing.assert_close(riemannian + form, -(logits / head.gamma().detach())[torch.arange(20), k], rtol=1e-9,
-                               atol=1e-9)
+    torch.testing.assert_close(
+        riemannian + form, -(logits / head.gamma().detach())[torch.arange(20), k], rtol=1e-9, atol=1e-9
+    )
     v = embedded - head.project(head.mu.detach())[k]
     literal = (torch.einsum("nd,de,ne->n", v, head.metric.sigma().detach(), v) + head.metric.eps).sqrt()
     torch.testing.assert_close(riemannian, literal)
@@ -104,11 +118,16 @@ def test_pictures_give_the_models_input_and_the_image(images):
     assert torch.cat([t for _, t in batches]).tolist() == pictures.targets()[order].tolist()
     assert pictures[5].shape == (32, 32, 3) and pictures[5].dtype == np.uint8
     mean = torch.tensor([0.4, 0.5, 0.6])
-    torch.testing.assert_close((torch.from_numpy(pictures[5]).float() / 255 - mean) / mean,
-                               straight[5].permute(1, 2, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (torch.from_numpy(pictures[5]).float() / 255 - mean) / mean, straight[5].permute(1, 2, 0), rtol=1e-4, atol=1e-4
+    )
     assert Pictures.of(None) is None
-    assert Pictures.of(SimpleNamespace(dataset=timm.data.IterableImageDataset.__new__(
-        timm.data.IterableImageDataset), mean=0)) is None
+    assert (
+        Pictures.of(
+            SimpleNamespace(dataset=timm.data.IterableImageDataset.__new__(timm.data.IterableImageDataset), mean=0)
+        )
+        is None
+    )
 
 
 def test_grey_pictures_have_no_channel_axis(images):
@@ -143,8 +162,16 @@ def test_typical_images_are_the_nearest_of_the_class():
 def evaluation_of(correct, confidence, C=100):
     N = len(correct)
     target = np.arange(N) % C
-    return Evaluation(C, np.arange(N), target, np.where(correct, target, (target + 1) % C), np.array(confidence),
-                      np.ones(N), np.ones(N), np.array(correct))
+    return Evaluation(
+        C,
+        np.arange(N),
+        target,
+        np.where(correct, target, (target + 1) % C),
+        np.array(confidence),
+        np.ones(N),
+        np.ones(N),
+        np.array(correct),
+    )
 
 
 def test_examples_are_a_mix_of_sure_unsure_and_wrong():
@@ -157,8 +184,10 @@ def test_examples_are_a_mix_of_sure_unsure_and_wrong():
     assert set(chosen[5:]) == set(sorted(wrong, key=lambda i: -evaluation.confidence[i])[:3])
 
 
-@pytest.mark.parametrize(("correct", "count"), [([True] * 20, 8), ([False] * 20, 8), ([True] * 2 + [False], 3),
-                                                ([True] * 3 + [False] * 9, 8), ([True], 1)])
+@pytest.mark.parametrize(
+    ("correct", "count"),
+    [([True] * 20, 8), ([False] * 20, 8), ([True] * 2 + [False], 3), ([True] * 3 + [False] * 9, 8), ([True], 1)],
+)
 def test_examples_fill_up_from_what_there_is(correct, count):
     chosen = head_pictures.choose_examples(evaluation_of(correct, np.linspace(0.1, 0.9, len(correct))))
     assert len(set(chosen.tolist())) == len(chosen) == count
@@ -216,19 +245,47 @@ class Read(HTMLParser):
 
 def report_of(tmp_path, images, name, history=(), channels=3, label_names=("bird", "cat", "dog"), **options):
     model = timm.create_model(name, num_classes=3, in_chans=channels, **options).eval()
-    train, val = (loader_of(images, split, channels, timm.data.resolve_model_data_config(model)["input_size"][-1]
-                            if "vit" in name or "deit" in name else 32) for split in ("train", "val"))
+    train, val = (
+        loader_of(
+            images,
+            split,
+            channels,
+            timm.data.resolve_model_data_config(model)["input_size"][-1] if "vit" in name or "deit" in name else 32,
+        )
+        for split in ("train", "val")
+    )
     evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
     (tmp_path / "args.yaml").write_text("model: x\nscale: [0.1, 1.0]\nfaim_cfg: {margin: 0.2}\namp: true\n")
-    page = write_report(tmp_path, model, history, label_names=label_names, evaluation=evaluation, train_images=train,
-                        val_images=val, options=tmp_path / "args.yaml")
+    page = write_report(
+        tmp_path,
+        model,
+        history,
+        label_names=label_names,
+        evaluation=evaluation,
+        train_images=train,
+        val_images=val,
+        options=tmp_path / "args.yaml",
+    )
     assert page == tmp_path / "report.html"
     return Read(page.read_text(encoding="utf-8")), {p.name for p in tmp_path.rglob("*.png")}
 
 
-HISTORY = [{"epoch": str(e + 1), "train_loss": str(3 - e), "eval_loss": str(3.1 - e), "train_top1": "1",
-            "eval_top1": str(e), "eval_top5": "90", "lr": "0.01", "train_lr_head": "0.1", "train_lr_backbone": "0.001",
-            "train_lambda": "0.1", "train_gamma": "10"} for e in range(4)]
+HISTORY = [
+    {
+        "epoch": str(e + 1),
+        "train_loss": str(3 - e),
+        "eval_loss": str(3.1 - e),
+        "train_top1": "1",
+        "eval_top1": str(e),
+        "eval_top5": "90",
+        "lr": "0.01",
+        "train_lr_head": "0.1",
+        "train_lr_backbone": "0.001",
+        "train_lambda": "0.1",
+        "train_gamma": "10",
+    }
+    for e in range(4)
+]
 
 
 def test_page_is_whole_and_needs_no_other_file(images, tmp_path):
@@ -271,8 +328,9 @@ def test_page_of_a_linear_model_has_curves_and_confusion_only(images, tmp_path):
 
 def test_page_of_two_heads_shows_both(images, tmp_path):
     model = "faim_deit_tiny_distilled_patch16_224"
-    history = [{"train_lambda_head": 0.1, "train_gamma_head": 9, "train_lambda_head_dist": 0.2,
-                "train_gamma_head_dist": 8}]
+    history = [
+        {"train_lambda_head": 0.1, "train_gamma_head": 9, "train_lambda_head_dist": 0.2, "train_gamma_head_dist": 8}
+    ]
     page, files = report_of(tmp_path, images, model, history, depth=1, embed_dim=24, num_heads=2)
     assert {"head0.png", "head1.png", "prototypes.png"} <= files
     assert "head_dist" in page.text
@@ -285,8 +343,7 @@ def test_page_of_grey_images_and_of_a_transformer(images, tmp_path):
 
 def test_report_measures_the_share_on_the_predicted_prototypes(images, tmp_path, monkeypatch):
     """The number in the table is the mean of λ|β'v| / d over all 7 images."""
-    model = timm.create_model("faim_test_resnet", num_classes=3,
-                              faim_cfg={"preset": "flat", "lambda_init": 0.8}).eval()
+    model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"preset": "flat", "lambda_init": 0.8}).eval()
     val = loader_of(images, "val")
     evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
     page = write_report(tmp_path, model, [], evaluation=evaluation, val_images=val)
@@ -309,9 +366,14 @@ def test_report_without_anything_or_matplotlib(tmp_path, monkeypatch):
     assert plots.draw_learning_curve(tmp_path / "c.png", HISTORY) is False
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (b"[" * 3000, "args.yaml cannot be read: nested too deeply"), (b"\xff\xfe\x00", "args.yaml cannot be read"),
-    (b"- <b>", "&lt;b&gt;")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 3000, "args.yaml cannot be read: nested too deeply"),
+        (b"\xff\xfe\x00", "args.yaml cannot be read"),
+        (b"- <b>", "&lt;b&gt;"),
+    ],
+)
 def test_options_of_no_use_are_said_to_be_so(tmp_path, content, said):
     (tmp_path / "args.yaml").write_bytes(content)
     page = write_report(tmp_path, timm.create_model("test_resnet", num_classes=3), [], options=tmp_path / "args.yaml")
@@ -335,8 +397,12 @@ def test_curves_show_rates_and_the_best_epoch(monkeypatch):
 
 
 def test_curves_leap_over_epochs_without_validation(monkeypatch):
-    rows = [{"epoch": 1, "train_loss": 2.0, "eval_loss": ""}, {"epoch": 2, "train_loss": 1.0, "eval_loss": 1.5},
-            {"epoch": 3, "train_loss": 0.5, "eval_loss": None}, {"epoch": 4, "train_loss": 0.4, "eval_loss": 1.0}]
+    rows = [
+        {"epoch": 1, "train_loss": 2.0, "eval_loss": ""},
+        {"epoch": 2, "train_loss": 1.0, "eval_loss": 1.5},
+        {"epoch": 3, "train_loss": 0.5, "eval_loss": None},
+        {"epoch": 4, "train_loss": 0.4, "eval_loss": 1.0},
+    ]
     loss, _ = drawn(monkeypatch, plots.draw_learning_curve, "x.png", rows).axes
     (validation,) = [line for line in loss.get_lines() if line.get_label() == "validation"]
     assert validation.get_xdata().tolist() == [2, 4] and validation.get_ydata().tolist() == [1.5, 1.0]

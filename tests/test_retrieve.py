@@ -1,4 +1,5 @@
 """Retrieval: exact search, Recall@K, mAP@R and NMI against loops, and the command from images to files."""
+
 import json
 import math
 import sys
@@ -29,9 +30,14 @@ from timm_faim.run.errors import UserError
 from timm_faim.run.weights import save_config, save_weights
 
 FLAT = PRESETS["flat"] | {"lambda_init": 0.8}
-HEADS = {"default": {}, "flat": FLAT, "full": FLAT | {"full_sigma": True}, "randers": FLAT | {"symmetric": False},
-         "sphere": {"space": "sphere"},
-         "full randers on the sphere": {"full_sigma": True, "symmetric": False, "space": "sphere"}}
+HEADS = {
+    "default": {},
+    "flat": FLAT,
+    "full": FLAT | {"full_sigma": True},
+    "randers": FLAT | {"symmetric": False},
+    "sphere": {"space": "sphere"},
+    "full randers on the sphere": {"full_sigma": True, "symmetric": False, "space": "sphere"},
+}
 
 
 def odd_head(D=6, **options):
@@ -66,16 +72,19 @@ def brute_force(query, gallery, literal_distance, k, exclude_self):
 
 def literal(name, head):
     """The distance [B, N] of raw features [B, D] and [N, D], in float64, by its definition."""
+
     def of(x, y):
         if name == "FAIM":
             return head.metric.reference(head.embed(x), head.embed(y))
         if name == "Euclidean":
             return (x[:, None] - y).norm(dim=-1)
         return 1 - torch.nn.functional.cosine_similarity(x[:, None], y, dim=-1).float()
+
     return of
 
 
 # Search
+
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -134,6 +143,7 @@ def test_a_randers_distance_goes_from_the_query_to_the_gallery():
 
 # Metrics
 
+
 def by_loops(neighbours, query_labels, gallery_labels, at, exclude_self):
     """Recall@K and mAP@R from ordered neighbours, query by query."""
     hits, precisions = {k: [] for k in at}, []
@@ -166,8 +176,12 @@ def test_recall_and_map_are_those_of_a_loop(chunk, exclude_self):
 
 def test_map_is_that_of_pytorch_metric_learning():
     calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator").AccuracyCalculator(
-        include=("precision_at_1", "mean_average_precision_at_r"), k="max_bin_count", kmeans_func=len,
-        device=torch.device("cpu"), knn_func=lambda q, k, r, same: whole(nearest(q, r, euclidean, k, same)))
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        kmeans_func=len,
+        device=torch.device("cpu"),
+        knn_func=lambda q, k, r, same: whole(nearest(q, r, euclidean, k, same)),
+    )
     x, labels = labelled()
     labels[3] = 8  # alone
     theirs = calculator.get_accuracy(x, labels)
@@ -207,8 +221,9 @@ def test_clusters_are_those_of_a_loop_for_every_distance():
             points = distance.embed(x.double())
             generator = torch.Generator().manual_seed(1)
             initials = [torch.randperm(len(x), generator=generator)[:6] for _ in range(2)]
-            expected = [lloyd_by_loops(points, initial, distance.embed, literal(distance.name, head))
-                        for initial in initials]
+            expected = [
+                lloyd_by_loops(points, initial, distance.embed, literal(distance.name, head)) for initial in initials
+            ]
             assert [lloyd(points, distance, initial).tolist() for initial in initials] == expected, distance.name
             nmi = np.mean([normalized_mutual_info_score(labels, clusters) for clusters in expected])
             assert clustering_nmi(points, labels, distance, restarts=2, seed=1) == pytest.approx(nmi)
@@ -227,6 +242,7 @@ def test_nmi_of_separate_classes_is_one_and_an_empty_cluster_stays_empty():
 
 # Sheet
 
+
 def test_half_of_the_rows_are_random_and_half_wrong():
     right = np.arange(40) % 4 != 0
     has_positives = np.arange(40) < 36
@@ -242,8 +258,11 @@ def test_half_of_the_rows_are_random_and_half_wrong():
 
 def test_sheet_shows_grey_tall_and_oddly_named_pictures(tmp_path):
     grey, tall = np.full((20, 30), 128, np.uint8), np.full((90, 1, 3), 255, np.uint8)
-    row = [Tile(grey, "a name that is much longer than two lines of a small picture can hold", None),
-           Tile(tall, "", True), Tile(grey, "$x$ 猫 é", False)]
+    row = [
+        Tile(grey, "a name that is much longer than two lines of a small picture can hold", None),
+        Tile(tall, "", True),
+        Tile(grey, "$x$ 猫 é", False),
+    ]
     draw_sheet(tmp_path / "sheet.png", [("first", [row, row]), ("none", []), ("last", [row])], 2)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == sheet_size([2, 0, 1], 2) and sheet.size == sheet_size([2, 1], 2)
@@ -253,6 +272,7 @@ def test_sheet_shows_grey_tall_and_oddly_named_pictures(tmp_path):
 
 
 # The command
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -277,9 +297,15 @@ def checkpoint(tmp_path_factory, images):
 @pytest.fixture
 def retrieve(checkpoint, tmp_path):
     """Run the command in this process, by default on the checkpoint."""
+
     def retrieve(*argv, checkpoint=checkpoint, output=tmp_path / "out"):
-        return command.run([str(word) for word in (*argv, "--checkpoint", checkpoint, "--output", output,
-                                                   "--workers", 0, "--recall-at", 1, 2)])
+        return command.run(
+            [
+                str(word)
+                for word in (*argv, "--checkpoint", checkpoint, "--output", output, "--workers", 0, "--recall-at", 1, 2)
+            ]
+        )
+
     return retrieve
 
 
@@ -293,8 +319,24 @@ def saved(folder, model="faim_test_resnet", **options):
 
 
 def test_leave_one_out_from_the_command_line_to_the_files(checkpoint, images, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["retrieve", str(images / "train"), "--checkpoint", str(checkpoint), "--workers",
-                                      "0", "--recall-at", "1", "5", "11", "--sheet-rows", "4"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "retrieve",
+            str(images / "train"),
+            "--checkpoint",
+            str(checkpoint),
+            "--workers",
+            "0",
+            "--recall-at",
+            "1",
+            "5",
+            "11",
+            "--sheet-rows",
+            "4",
+        ],
+    )
     command.main()
     said = capsys.readouterr().out
     assert "12 queries of 3 classes, each against all others" in said and "directed" not in said
@@ -305,8 +347,9 @@ def test_leave_one_out_from_the_command_line_to_the_files(checkpoint, images, mo
     assert (facts["gallery_images"], facts["gallery_classes"], facts["queries_without_positives"]) == (12, 3, 0)
     assert list(facts["results"]) == ["FAIM", "Euclidean", "cosine"]
     table = said.splitlines()[-5:-1]
-    assert table[0].split()[2:] == list(facts["results"]["FAIM"]) == ["Recall@1", "Recall@5", "Recall@11", "mAP@R",
-                                                                      "NMI"]
+    assert (
+        table[0].split()[2:] == list(facts["results"]["FAIM"]) == ["Recall@1", "Recall@5", "Recall@11", "mAP@R", "NMI"]
+    )
     for line, (name, scores) in zip(table[1:], facts["results"].items(), strict=True):
         assert line.split() == [name, *(f"{score:.2f}" for score in scores.values())]
         assert 0 < scores["Recall@1"] <= scores["Recall@5"] <= scores["Recall@11"] == 100
@@ -375,6 +418,7 @@ def test_features_that_are_not_finite_name_the_image(retrieve, images, monkeypat
         x = whole_mean(x, width).clone()
         x[-1] = math.nan
         return x
+
     monkeypatch.setattr(retrieval_images, "pooled", poisoned)
     with pytest.raises(UserError, match=r"features of .*cat/1\.png are not finite"):
         retrieve(images / "train", "--batch-size", 6)
@@ -402,12 +446,15 @@ def flat(root):
         path.rename(root / f"{i}.png")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (one_class, r"DIR .* has one class \(cat\).*at least two"),
-    (flat, r"DIR .* has one class \(train\)"),
-    (single_images, r"every class of DIR .* has a single image.*--queries"),
-    (no_images, r"cannot open the images of DIR .*Found 0 images"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (one_class, r"DIR .* has one class \(cat\).*at least two"),
+        (flat, r"DIR .* has one class \(train\)"),
+        (single_images, r"every class of DIR .* has a single image.*--queries"),
+        (no_images, r"cannot open the images of DIR .*Found 0 images"),
+    ],
+)
 def test_folders_without_an_answer(retrieve, tmp_path, change, message):
     root = make_images(tmp_path / "images") / "train"
     change(root)
@@ -415,15 +462,18 @@ def test_folders_without_an_answer(retrieve, tmp_path, change, message):
         retrieve(root)
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["{images}/none"], r"DIR .*/none is no folder"),
-    (["{images}/train", "--queries", "{images}/none"], r"--queries .*/none is no folder"),
-    (["{images}/train", "--queries", "{images}/val/../train"], "is the gallery itself"),
-    (["{images}/train", "--queries", "{other}/val"], r"no class in common \(queries: ape, eel; gallery: bird, cat"),
-    (["{images}/train", "--batch-size", "0"], "--batch-size must be .* got 0"),
-    (["{images}/train", "--sheet-rows", "0"], "--sheet-rows must be .* got 0"),
-    (["{images}/train", "--device", "toaster"], "--device toaster cannot be used"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["{images}/none"], r"DIR .*/none is no folder"),
+        (["{images}/train", "--queries", "{images}/none"], r"--queries .*/none is no folder"),
+        (["{images}/train", "--queries", "{images}/val/../train"], "is the gallery itself"),
+        (["{images}/train", "--queries", "{other}/val"], r"no class in common \(queries: ape, eel; gallery: bird, cat"),
+        (["{images}/train", "--batch-size", "0"], "--batch-size must be .* got 0"),
+        (["{images}/train", "--sheet-rows", "0"], "--sheet-rows must be .* got 0"),
+        (["{images}/train", "--device", "toaster"], "--device toaster cannot be used"),
+    ],
+)
 def test_wrong_options_are_one_line(retrieve, images, tmp_path, argv, message):
     other = make_images(tmp_path / "other", classes=("ape", "eel"))
     with pytest.raises(UserError, match=message) as error:

@@ -1,4 +1,5 @@
 """Who may write to a run folder, when a run is finished, and who is blamed for what has ended it."""
+
 import errno
 import json
 import os
@@ -30,9 +31,12 @@ from timm_faim.run.lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(600)"""
-HOLD_AND_FORK = HOLD.replace("import sys, time", "import os, sys, time").replace('print("locked", flush=True)', """
+HOLD_AND_FORK = HOLD.replace("import sys, time", "import os, sys, time").replace(
+    'print("locked", flush=True)',
+    """
 if worker := os.fork():
-    print(worker, flush=True)""")
+    print(worker, flush=True)""",
+)
 
 
 @pytest.fixture
@@ -91,6 +95,7 @@ def test_a_run_is_finished_when_all_that_was_asked_is_done(images, tmp_path, mon
 
     def killed(*args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(finish, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         train(*options, "--resume", "auto")
@@ -107,8 +112,17 @@ def test_a_run_is_finished_when_all_that_was_asked_is_done(images, tmp_path, mon
 
 
 def test_what_is_asked_for_later_is_all_that_a_finished_run_still_does(images, tmp_path, monkeypatch):
-    options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY,
-               "--resume", "auto"]
+    options = [
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        "--resume",
+        "auto",
+    ]
     done = []
     monkeypatch.setattr(finish, "finish", lambda *args: done.append("report"))
     monkeypatch.setattr(hub, "check_target", lambda repo: None)
@@ -119,6 +133,7 @@ def test_what_is_asked_for_later_is_all_that_a_finished_run_still_does(images, t
 
     def killed(*args):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between report and push
         patch.setattr(hub, "publish_run", killed)
         train(*options, "--report", "--push-to-hub", "a/b")
@@ -167,6 +182,7 @@ def _refit_with_one_unreadable_image() -> None:
         yield from random_batches(1, size=8, seed=epoch)
         if accelerator.process_index == 1:
             raise RankError("cannot read image x.png")
+
     run = SimpleNamespace(evaluated=model, accelerator=accelerator, order=SimpleNamespace(batches=batches))
     with pytest.raises(UserError, match=r"cannot read image x\.png \(process 1\)"):
         build_refit(clean, 1, 3)(run)
@@ -183,18 +199,30 @@ def checkpointer(run, folder):
     return Checkpointer(run.accelerator, folder, run.model, run.optimizer, layout)
 
 
-@pytest.mark.parametrize(("error", "said", "not_said"), [
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device .*Free some space", "another process"),
-    (OSError(errno.EACCES, "Permission denied"), "Permission denied; .*Go on with --resume", "Free some"),
-    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "another process of this run has ended", "Free"),
-    (RuntimeError("unexpected pos 64 vs 0"), "unexpected pos", "Free some"),
-])
+@pytest.mark.parametrize(
+    ("error", "said", "not_said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device .*Free some space",
+            "another process",
+        ),
+        (OSError(errno.EACCES, "Permission denied"), "Permission denied; .*Go on with --resume", "Free some"),
+        (
+            RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"),
+            "another process of this run has ended",
+            "Free",
+        ),
+        (RuntimeError("unexpected pos 64 vs 0"), "unexpected pos", "Free some"),
+    ],
+)
 def test_a_checkpoint_that_fails_is_blamed_on_its_cause(tmp_path, monkeypatch, error, said, not_said):
     run = training(linear_model(), random_batches(2), tmp_path)
     saver = checkpointer(run, tmp_path)
 
     def fail(folder):
         raise error
+
     monkeypatch.setattr(run.accelerator, "save_state", fail)
     with pytest.raises(RankError, match=said) as caught:
         saver.save(Progress())
@@ -204,18 +232,24 @@ def test_a_checkpoint_that_fails_is_blamed_on_its_cause(tmp_path, monkeypatch, e
 def test_a_worker_lost_during_a_checkpoint_is_not_the_checkpoints_fault(images, tmp_path, monkeypatch):
     def killed(*args):
         raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed.")
+
     monkeypatch.setattr("accelerate.Accelerator.save_state", killed)
     with pytest.raises(RankError, match=r"^loader worker 4711 was lost: killed, .*--resume auto$"):
         train_tiny(images, tmp_path)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed."), "loader worker 4711 was lost"),
-    (RuntimeError("DataLoader worker (pid(s) 47, 11) exited unexpectedly"), "loader worker 47, 11 was lost"),
-    (ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 8, 1, 1])"),
-     "batch norm cannot train on one value: --batch-size 1"),
-])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed."), "loader worker 4711 was lost"),
+        (RuntimeError("DataLoader worker (pid(s) 47, 11) exited unexpectedly"), "loader worker 47, 11 was lost"),
+        (
+            ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 8, 1, 1])"),
+            "batch norm cannot train on one value: --batch-size 1",
+        ),
+    ],
+)
 def test_what_torch_says_in_many_lines_is_one(error, said):
     class Args:
         batch_size, grad_accum_steps, output = 1, 1, "."

@@ -1,4 +1,5 @@
 """What a saved or downloaded config.json may say: refused by name before anything is built."""
+
 import json
 import random
 from pathlib import Path
@@ -36,65 +37,77 @@ def test_a_saved_config_is_accepted(config):
     assert "num_classes" not in config["model_args"]  # transformers' wrapper of timm passes its own
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"architecture": "faim_test_resnt"}, "unknown architecture 'faim_test_resnt'; did you mean 'faim_test_resnet'"),
-    ({"architecture": None}, "architecture must be str, got None"),
-    ({"num_classes": "3"}, "num_classes must be int, got '3'"),
-    ({"pretrained_cfg": []}, "pretrained_cfg must be dict"),
-    ({"model_args": {"faim_cfg": {"spaec": "flat"}}}, "unknown faim_cfg key 'spaec'; did you mean 'space'"),
-    ({"model_args": {"faim_cfg": {"margin": 1e9, "prior": "yes"}}}, "must be bool"),
-    ({"model_args": {"in_chans": 10**9}}, "in_chans must be a whole number in 1..1000000, got '1000000000'"),
-    ({"model_args": {"img_size": [32, -1]}}, "img_size must be a whole number"),
-    ({"model_args": {"embed_dim": 10**12}}, "embed_dim must not exceed 1000000"),
-    ({"model_args": {"depths": [1, [2, [10**9]]]}}, "depths must not exceed 1000,"),
-    ({"model_args": {"act_layer": "x" * 200_000}}, "act_layer is too long"),
-    ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000, got 100000"),
-    ({"model_args": {"embed_dim": float("nan")}}, "embed_dim must not exceed 1000000, got nan"),
-    ({"model_args": [["num_classes", 3]]}, "model_args must be dict"),
-    ({"architecture": ["faim_test_resnet"]}, "architecture must be str"),
-    ({"label_names": ["a", "b"]}, "2 label_names and 3 classes"),
-    ({"label_names": "abc"}, "label_names must be a list of names"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architecture": "faim_test_resnt"},
+            "unknown architecture 'faim_test_resnt'; did you mean 'faim_test_resnet'",
+        ),
+        ({"architecture": None}, "architecture must be str, got None"),
+        ({"num_classes": "3"}, "num_classes must be int, got '3'"),
+        ({"pretrained_cfg": []}, "pretrained_cfg must be dict"),
+        ({"model_args": {"faim_cfg": {"spaec": "flat"}}}, "unknown faim_cfg key 'spaec'; did you mean 'space'"),
+        ({"model_args": {"faim_cfg": {"margin": 1e9, "prior": "yes"}}}, "must be bool"),
+        ({"model_args": {"in_chans": 10**9}}, "in_chans must be a whole number in 1..1000000, got '1000000000'"),
+        ({"model_args": {"img_size": [32, -1]}}, "img_size must be a whole number"),
+        ({"model_args": {"embed_dim": 10**12}}, "embed_dim must not exceed 1000000"),
+        ({"model_args": {"depths": [1, [2, [10**9]]]}}, "depths must not exceed 1000,"),
+        ({"model_args": {"act_layer": "x" * 200_000}}, "act_layer is too long"),
+        ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "layers must not exceed 1000, got 100000"),
+        ({"model_args": {"embed_dim": float("nan")}}, "embed_dim must not exceed 1000000, got nan"),
+        ({"model_args": [["num_classes", 3]]}, "model_args must be dict"),
+        ({"architecture": ["faim_test_resnet"]}, "architecture must be str"),
+        ({"label_names": ["a", "b"]}, "2 label_names and 3 classes"),
+        ({"label_names": "abc"}, "label_names must be a list of names"),
+    ],
+)
 def test_a_wrong_config_is_refused_by_name(config, change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         check_config(config | change)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("num_classes", 10**9, "num_classes must be a whole number in 0..1000000"),
-    ("num_classes", True, "num_classes must be a whole number"),
-    ("input_size", [3, 10**8, 32], "input_size must be three whole numbers in 1..1000000"),
-    ("input_size", 5, "input_size must be three whole numbers in 1..1000000, got 5"),
-    ("min_input_size", [3, 32], "min_input_size must be three whole numbers"),
-    ("pool_size", [7], "pool_size must be two whole numbers"),
-    ("mean", "x", "mean must be a list of finite numbers, got 'x'"),
-    ("mean", [10**400], "mean must be a list of finite numbers"),
-    ("std", [0.2, 0, 0.2], "std must be a list of finite numbers above 0"),
-    ("std", [], "std must be a list of finite numbers above 0"),
-    ("crop_pct", -5, "crop_pct must be a number in 0.01..10, got -5"),
-    ("test_crop_pct", float("nan"), "test_crop_pct must be a number in 0.01..10, got nan"),
-    ("interpolation", "cubic", "interpolation must be one of nearest, .* got 'cubic'"),
-    ("crop_mode", ["center"], "crop_mode must be one of center, squash, border"),
-    ("fixed_input_size", 1, "fixed_input_size must be true or false, got 1"),
-    ("first_conv", 3, "first_conv must be the name of a layer, got 3"),
-    ("url", "http://127.0.0.1/weights.pth", r"points at other weights \(pretrained_cfg.url\)"),
-    ("hf_hub_filename", "../../etc/passwd", r"points at other weights \(pretrained_cfg.hf_hub_filename\)"),
-    ("custom_load", True, "custom_load"),
-    ("surprise", 1, "unexpected keyword argument 'surprise'"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_classes", 10**9, "num_classes must be a whole number in 0..1000000"),
+        ("num_classes", True, "num_classes must be a whole number"),
+        ("input_size", [3, 10**8, 32], "input_size must be three whole numbers in 1..1000000"),
+        ("input_size", 5, "input_size must be three whole numbers in 1..1000000, got 5"),
+        ("min_input_size", [3, 32], "min_input_size must be three whole numbers"),
+        ("pool_size", [7], "pool_size must be two whole numbers"),
+        ("mean", "x", "mean must be a list of finite numbers, got 'x'"),
+        ("mean", [10**400], "mean must be a list of finite numbers"),
+        ("std", [0.2, 0, 0.2], "std must be a list of finite numbers above 0"),
+        ("std", [], "std must be a list of finite numbers above 0"),
+        ("crop_pct", -5, "crop_pct must be a number in 0.01..10, got -5"),
+        ("test_crop_pct", float("nan"), "test_crop_pct must be a number in 0.01..10, got nan"),
+        ("interpolation", "cubic", "interpolation must be one of nearest, .* got 'cubic'"),
+        ("crop_mode", ["center"], "crop_mode must be one of center, squash, border"),
+        ("fixed_input_size", 1, "fixed_input_size must be true or false, got 1"),
+        ("first_conv", 3, "first_conv must be the name of a layer, got 3"),
+        ("url", "http://127.0.0.1/weights.pth", r"points at other weights \(pretrained_cfg.url\)"),
+        ("hf_hub_filename", "../../etc/passwd", r"points at other weights \(pretrained_cfg.hf_hub_filename\)"),
+        ("custom_load", True, "custom_load"),
+        ("surprise", 1, "unexpected keyword argument 'surprise'"),
+    ],
+)
 def test_a_wrong_pretrained_cfg_is_refused_by_name(config, key, value, message):
     config["pretrained_cfg"][key] = value
     with pytest.raises(ValueError, match=message):
         check_config(config)
 
 
-@pytest.mark.parametrize(("section", "key", "value", "message"), [
-    ("model_args", "in_chans", 10**9, "in_chans must be a whole number"),
-    ("model_args", "faim_cfg", {"spaec": "flat"}, "unknown faim_cfg key 'spaec'"),
-    ("model_args", "no_such_option", 1, "no_such_option"),
-    ("pretrained_cfg", "hf_hub_filename", "../x.bin", "points at other weights"),
-    ("pretrained_cfg", "custom_load", True, "custom_load"),
-])
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("model_args", "in_chans", 10**9, "in_chans must be a whole number"),
+        ("model_args", "faim_cfg", {"spaec": "flat"}, "unknown faim_cfg key 'spaec'"),
+        ("model_args", "no_such_option", 1, "no_such_option"),
+        ("pretrained_cfg", "hf_hub_filename", "../x.bin", "points at other weights"),
+        ("pretrained_cfg", "custom_load", True, "custom_load"),
+    ],
+)
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_opening_a_folder_checks_it_first(folder, config, tmp_path, section, key, value, message, pretrained):
     config[section][key] = value
@@ -110,7 +123,8 @@ def test_another_number_of_classes_loads_the_backbone(folder, caplog):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
     assert [r.message for r in caplog.records] == [
         "FAIM head 'fc': checkpoint has 3 classes, model 5; the head starts fresh; centre and metric are the "
-        "checkpoint's"]
+        "checkpoint's"
+    ]
     head = model.get_classifier()
     assert head.mu.shape[0] == 5 and torch.equal(head.whiten, saved.get_classifier().whiten)
     assert torch.equal(model.conv1[0].weight, saved.conv1[0].weight)

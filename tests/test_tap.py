@@ -1,4 +1,5 @@
 """What enters a model's heads, captured in one place."""
+
 import copy
 
 import pytest
@@ -75,7 +76,7 @@ def test_inputs_give_the_models_logits(name):
     model = timm.create_model(f"faim_{name}", num_classes=C).eval()
     head = next(iter(faim_heads(model).values()))
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
-    (inputs, _), = layer_inputs(model, {"head": head}, [(x, None)])
+    ((inputs, _),) = layer_inputs(model, {"head": head}, [(x, None)])
     with torch.no_grad():
         assert torch.equal(head(inputs["head"]), model(x))
 

@@ -1,4 +1,5 @@
 """Contrastive losses in training: batches of classes, views, the losses on record, several processes, resuming."""
+
 import argparse
 import copy
 from collections import Counter
@@ -33,7 +34,7 @@ def batches(rank=0, processes=1, epoch=0, K=3, P=3):
     sampler.set_epoch(epoch)
     indices = list(sampler)
     assert len(indices) == len(sampler) == -(-len(TARGETS) // processes) // (K * P) * K * P
-    return [indices[i:i + K * P] for i in range(0, len(indices), K * P)]
+    return [indices[i : i + K * P] for i in range(0, len(indices), K * P)]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -65,10 +66,15 @@ def test_a_class_with_fewer_images_than_k_repeats_some():
     assert sorted(Counter(sampler).values()) == [1, 1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("batch_size, K, processes, message", [
-    (10, 3, 1, "must divide"), (22, 2, 1, "takes 11 classes a step, and the data have 10"),
-    (12, 2, 2, "takes 12 classes"), (100, 20, 1, "is larger than the training data"),
-])
+@pytest.mark.parametrize(
+    "batch_size, K, processes, message",
+    [
+        (10, 3, 1, "must divide"),
+        (22, 2, 1, "takes 11 classes a step, and the data have 10"),
+        (12, 2, 2, "takes 12 classes"),
+        (100, 20, 1, "is larger than the training data"),
+    ],
+)
 def test_batches_that_cannot_be_made(batch_size, K, processes, message):
     with pytest.raises(UserError, match=message):
         ClassSampler(TARGETS, batch_size, K, processes, 0, seed=0)
@@ -95,8 +101,9 @@ def test_both_losses_are_on_record_and_add_up(images, tmp_path):
     assert any(not torch.equal(state[k], other[k]) for k in state if k.endswith(".mu"))
 
 
-@pytest.mark.parametrize("more", [("--samples-per-class", "2"), ("--views", "2", "--model-ema"),
-                                  ("--views", "2", "--torchcompile", "eager")])
+@pytest.mark.parametrize(
+    "more", [("--samples-per-class", "2"), ("--views", "2", "--model-ema"), ("--views", "2", "--torchcompile", "eager")]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, more):
     options = ("--contrastive", "npair:0.2", "supcon:0.2", *more)
     whole = train_tiny(images, tmp_path / "whole", *options)
@@ -206,14 +213,20 @@ def test_classes_that_a_data_set_does_not_tell(images, tmp_path, monkeypatch):
 
 def test_several_heads_are_refused(images, tmp_path):
     with pytest.raises(UserError, match="features of one FAIM head, and faim_deit_tiny_distilled_patch16_224 has 2"):
-        train_tiny(images, tmp_path, "--contrastive", "supcon", "--views", "2",
-                   model="faim_deit_tiny_distilled_patch16_224")
+        train_tiny(
+            images, tmp_path, "--contrastive", "supcon", "--views", "2", model="faim_deit_tiny_distilled_patch16_224"
+        )
 
 
-@pytest.mark.parametrize("word, message", [
-    ("inofnce:0.1", "Did you mean infonce"), ("infonce:x", "'x' is no number"), ("infonce:0", "above 0"),
-    ("infonce:inf", "above 0"),
-])
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("inofnce:0.1", "Did you mean infonce"),
+        ("infonce:x", "'x' is no number"),
+        ("infonce:0", "above 0"),
+        ("infonce:inf", "above 0"),
+    ],
+)
 def test_words_that_name_no_loss(word, message):
     with pytest.raises(UserError, match=message):
         parse_losses([word])

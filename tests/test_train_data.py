@@ -1,4 +1,5 @@
 """Bundled data, folders, tar files, hub data and shards; unreadable images."""
+
 import copy
 import os
 import shutil
@@ -24,8 +25,14 @@ from timm_faim.training.args import parse_args
 from timm_faim.training.data import build_fit_loader, build_loaders, count_unreadable
 from timm_faim.training.sampling import SeededSamples
 
-CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,
-          "crop_pct": 1.0, "crop_mode": "center"}
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 @pytest.fixture
@@ -233,9 +240,24 @@ def test_image_folders_are_read_by_timm(folder):
 
 
 def test_every_flag_of_augmentation_reaches_timm(folder):
-    args = options(folder, "--train-crop-mode", "rkrc", "--grayscale-prob", "0.3", "--gaussian-blur-prob", "0.2",
-                   "--color-jitter-prob", "0.7", "--reprob", "1", "--remode", "const", "--resplit",
-                   "--train-interpolation", "bicubic")
+    args = options(
+        folder,
+        "--train-crop-mode",
+        "rkrc",
+        "--grayscale-prob",
+        "0.3",
+        "--gaussian-blur-prob",
+        "0.2",
+        "--color-jitter-prob",
+        "0.7",
+        "--reprob",
+        "1",
+        "--remode",
+        "const",
+        "--resplit",
+        "--train-interpolation",
+        "bicubic",
+    )
     train, _ = loaders(args)
     steps = {type(step).__name__: step for step in train.dataset.transform.transforms}
     assert "CenterCropOrPad" in steps and steps["ResizeKeepRatio"].interpolation.value == "bicubic"
@@ -257,8 +279,26 @@ def test_interpolation_follows_validation_without_augmentation(folder):
 
 
 def test_views_of_an_image_are_split_over_the_batch(folder):
-    args = options(folder, "--aug-splits", "3", "--aa", "rand-m9-mstd0.5", "--affine", "1", "0", "0", "0",
-                   "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0")
+    args = options(
+        folder,
+        "--aug-splits",
+        "3",
+        "--aa",
+        "rand-m9-mstd0.5",
+        "--affine",
+        "1",
+        "0",
+        "0",
+        "0",
+        "--scale",
+        "1",
+        "1",
+        "--ratio",
+        "1",
+        "1",
+        "--hflip",
+        "0",
+    )
     train, _ = loaders(args)
     assert isinstance(train.dataset.transform.transforms[0], RandomAffine)
     images, target = next(iter(train))
@@ -287,19 +327,23 @@ def test_images_come_in_the_type_of_the_model(folder):
         assert next(iter(loader))[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cifar10", r"unknown --dataset cifar10\..*torch/cifar10"),
-    ("omniglot24", r"Did you mean omniglot242"),
-    ("hfd/food101", r"unknown type of --dataset hfd/food101\. Did you mean hfds"),
-    ("torch/cifr", r"cannot open the train data of torch/cifr: Unknown torchvision dataset"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10", r"unknown --dataset cifar10\..*torch/cifar10"),
+        ("omniglot24", r"Did you mean omniglot242"),
+        ("hfd/food101", r"unknown type of --dataset hfd/food101\. Did you mean hfds"),
+        ("torch/cifr", r"cannot open the train data of torch/cifr: Unknown torchvision dataset"),
+    ],
+)
 def test_unknown_datasets(folder, name, message):
     with pytest.raises(UserError, match=message):
         open_datasets(options(folder, "--dataset", name), in_chans=3)
 
 
-@pytest.mark.parametrize(("name", "package"), [("hfds/x", "datasets"), ("wds/", "webdataset"),
-                                               ("tfds/mnist", "tensorflow_datasets")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("hfds/x", "datasets"), ("wds/", "webdataset"), ("tfds/mnist", "tensorflow_datasets")]
+)
 def test_missing_package_is_named(folder, monkeypatch, name, package):
     monkeypatch.setattr(datasets, "find_spec", lambda wanted: None)
     with pytest.raises(UserError, match=f"needs the package {package}: pip install"):
@@ -358,11 +402,23 @@ def test_several_labels_an_image_from_hub_data(folder, tmp_path):
     paths = sorted(map(str, (folder / "train").rglob("*.png")))
     labels = [[i % 3, (i + 1) % 3] if i % 2 else [] for i in range(12)]
     table = hub.Dataset.from_dict(
-        {"image": paths, "label": labels, "hot": [[float(k in row) for k in range(3)] for row in labels],
-         "big": [i % 2 for i in range(12)], "red": [i % 3 == 0 for i in range(12)]},
-        features=hub.Features({"image": hub.Image(), "label": hub.Sequence(hub.ClassLabel(names=list("abc"))),
-                               "hot": hub.Sequence(hub.Value("float32")), "big": hub.Value("int64"),
-                               "red": hub.Value("bool")}))
+        {
+            "image": paths,
+            "label": labels,
+            "hot": [[float(k in row) for k in range(3)] for row in labels],
+            "big": [i % 2 for i in range(12)],
+            "red": [i % 3 == 0 for i in range(12)],
+        },
+        features=hub.Features(
+            {
+                "image": hub.Image(),
+                "label": hub.Sequence(hub.ClassLabel(names=list("abc"))),
+                "hot": hub.Sequence(hub.Value("float32")),
+                "big": hub.Value("int64"),
+                "red": hub.Value("bool"),
+            }
+        ),
+    )
     for split in ("train", "validation"):
         table.to_parquet(str(tmp_path / "hub" / f"{split}.parquet"))
     common = (tmp_path / "cache", "--dataset", f"hfds/{tmp_path / 'hub'}", "--multi-label")

@@ -1,4 +1,5 @@
 """Runs that are killed, asked to stop, short of space or of memory, and what is left of them."""
+
 import math
 import os
 import random
@@ -21,11 +22,42 @@ from timm_faim.run.errors import UserError
 from timm_faim.training.state import FOLDER
 
 # Everything that holds state or draws: a closed-form start, mixup, erasing, dropout, average, accumulation, batch norm.
-FULL = ["--model", "faim_test_resnet", *TINY, "--epochs", "3", "-b", "2", "--mixup", "0.4",
-        "--faim-cfg", "learn_metric=True", "lambda_init=0.1", "--head-init", "data",
-        "--cutmix", "0.4", "--reprob", "0.5", "--drop", "0.2", "--model-ema", "--model-ema-decay", "0.9",
-        "--grad-accum-steps", "2", "--hflip", "0.5", "--recovery-interval", "1", "--checkpoint-hist", "2",
-        "--no-report", "--log-interval", "1"]
+FULL = [
+    "--model",
+    "faim_test_resnet",
+    *TINY,
+    "--epochs",
+    "3",
+    "-b",
+    "2",
+    "--mixup",
+    "0.4",
+    "--faim-cfg",
+    "learn_metric=True",
+    "lambda_init=0.1",
+    "--head-init",
+    "data",
+    "--cutmix",
+    "0.4",
+    "--reprob",
+    "0.5",
+    "--drop",
+    "0.2",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--grad-accum-steps",
+    "2",
+    "--hflip",
+    "0.5",
+    "--recovery-interval",
+    "1",
+    "--checkpoint-hist",
+    "2",
+    "--no-report",
+    "--log-interval",
+    "1",
+]
 FULL.remove("--no-aug")
 
 
@@ -46,8 +78,9 @@ def same_run(first, second):
         differ = [key for key in a if not torch.equal(a[key], b[key])]
         assert not differ, f"{name}: {differ}"
     varying = ("train_images_per_s", "train_seconds")
-    rows = [[{k: v for k, v in row.items() if k not in varying} for row in read_summary(run)]
-            for run in (first, second)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in varying} for row in read_summary(run)] for run in (first, second)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -91,10 +124,26 @@ def test_killed_at_any_moment_the_resumed_run_is_the_uninterrupted_one(whole_run
 def accelerate_launch(argv, processes, log):
     """`accelerate launch` of train_faim.py on the CPU, in the background."""
     several = ["--multi_gpu", "--num_machines", "1", "--main_process_port", str(free_port())] if processes > 1 else []
-    words = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", processes,
-             "--mixed_precision", "no", "--dynamo_backend", "no", Path(__file__).parents[1] / "train_faim.py", *argv]
-    return subprocess.Popen(list(map(str, words)), stdout=log.open("a"), stderr=subprocess.STDOUT,
-                            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *several,
+        "--num_processes",
+        processes,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        Path(__file__).parents[1] / "train_faim.py",
+        *argv,
+    ]
+    return subprocess.Popen(
+        list(map(str, words)),
+        stdout=log.open("a"),
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow
@@ -124,11 +173,16 @@ def test_killed_under_accelerate_launch_the_resumed_run_is_the_uninterrupted_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("change", "said"), [
-    ("flag", "option weight_decay has changed: "), ("images", "the training data had 18 images before and have 17 now"),
-    ("classes", "class 1 is 'dog', 'zebra' here and 'cat', 'dog' in the run"),
-    ("head", "was made with a head of margin="), ("model", "does not fit this run"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("flag", "option weight_decay has changed: "),
+        ("images", "the training data had 18 images before and have 17 now"),
+        ("classes", "class 1 is 'dog', 'zebra' here and 'cat', 'dog' in the run"),
+        ("head", "was made with a head of margin="),
+        ("model", "does not fit this run"),
+    ],
+)
 def test_what_has_changed_on_resume_is_said_or_refused(tmp_path, change, said):
     images = make_images(tmp_path / "images", train=6)
     argv = command(images, tmp_path)
@@ -156,8 +210,9 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(whole_run, images, tmp_pat
     launch.wait_for("run folder")
     launch.children[-1].terminate()  # one process alone is told
     assert launch.wait() == [0] * processes, launch.text()
-    assert re.search(rf"asked to stop: epoch \d, batch \d+ is saved in {tmp_path / 'run'}\. Go on with --resume auto",
-                     launch.text())
+    assert re.search(
+        rf"asked to stop: epoch \d, batch \d+ is saved in {tmp_path / 'run'}\. Go on with --resume auto", launch.text()
+    )
     launch = Launch(command(images, tmp_path, "--recovery-interval", "0"), tmp_path / "log", processes)
     assert launch.wait() == [0] * processes, launch.text()
     same_run(tmp_path / "run", expected)
@@ -176,11 +231,32 @@ def test_processes_may_change_on_the_way(images, tmp_path):
 
 
 def test_one_process_dying_ends_the_others_and_their_launcher(images, tmp_path, request):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-                "--standalone", str(Path(__file__).parents[1] / "train_faim.py"), "--data-dir", images, "--output",
-                tmp_path, "--experiment", "run", *FULL, "--epochs", "10000"]
-    launch = subprocess.Popen(list(map(str, launcher)), stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT,
-                              env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--standalone",
+        str(Path(__file__).parents[1] / "train_faim.py"),
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        *FULL,
+        "--epochs",
+        "10000",
+    ]
+    launch = subprocess.Popen(
+        list(map(str, launcher)),
+        stdout=(tmp_path / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     request.addfinalizer(lambda: kill_tree(launch))
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / FOLDER).exists():
@@ -237,8 +313,22 @@ def test_real_shortage_of_device_memory(images, tmp_path):
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(UserError, match=r"out of memory with --batch-size 16\. Try --batch-size 8"):
-            train("--data-dir", images, "--output", tmp_path, "--model", "faim_resnet50", "--img-size", "224", "-b",
-                  "16", "--workers", "0", "--epochs", "1")
+            train(
+                "--data-dir",
+                images,
+                "--output",
+                tmp_path,
+                "--model",
+                "faim_resnet50",
+                "--img-size",
+                "224",
+                "-b",
+                "16",
+                "--workers",
+                "0",
+                "--epochs",
+                "1",
+            )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
@@ -254,8 +344,7 @@ def test_resuming_by_name_needs_no_other_option(images, tmp_path, resume):
 
 
 def test_automatic_resuming_finds_the_run_by_its_options(images, tmp_path, capsys):
-    options = ["--data-dir", images, "--output", tmp_path, "--model", "faim_test_resnet", *TINY,
-               "--resume", "auto"]
+    options = ["--data-dir", images, "--output", tmp_path, "--model", "faim_test_resnet", *TINY, "--resume", "auto"]
     train(*options, "--stop-epoch", "1")
     assert "no unfinished run with these options" in capsys.readouterr().out
     train(*options, "--lr", "0.1", "--stop-epoch", "1")  # another run
@@ -279,8 +368,10 @@ def test_changed_options_are_said(images, tmp_path, capsys):
     assert "option weight_decay has changed: 2e-05 before, 0.3 now" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("resume", "message"), [
-    ("nowhere", r"--resume .*nowhere is no folder"), ("empty", r"--resume .*empty: no whole checkpoint in")])
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [("nowhere", r"--resume .*nowhere is no folder"), ("empty", r"--resume .*empty: no whole checkpoint in")],
+)
 def test_nothing_to_resume_from(images, tmp_path, resume, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,5 @@
 """Whole-or-nothing writes and the run folder."""
+
 import os
 import stat
 
@@ -51,8 +52,10 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_second_name_survives_a_new_first_file(tmp_path, monkeypatch, hard_links):
     if not hard_links:
+
         def refuse(*_):
             raise OSError("no hard links here")
+
         monkeypatch.setattr(files.os, "link", refuse)
     first, second = tmp_path / "first", tmp_path / "second"
     for text in ("one", "two"):

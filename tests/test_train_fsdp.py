@@ -1,4 +1,5 @@
 """Sharded models: FSDP2 itself on the CPU; through Accelerate it needs several GPUs."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,7 @@ from timm_faim.training.launch import repeated_blocks, wrap_repeated_blocks
 
 def build():
     torch.manual_seed(0)
-    return timm.create_model("faim_test_vit", img_size=32, num_classes=5,
-                             faim_cfg=dict(margin=0.3, prior=True))
+    return timm.create_model("faim_test_vit", img_size=32, num_classes=5, faim_cfg=dict(margin=0.3, prior=True))
 
 
 def gradients_are_those_of_one_process():
@@ -58,7 +58,8 @@ def a_channels_last_model_is_sharded():
 
 
 needs_fsdp_on_cpu = pytest.mark.skipif(
-    is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU")
+    is_torch_version("<", "2.7"), reason="FSDP2 of torch 2.6 has no streams on the CPU"
+)
 
 
 @needs_fsdp_on_cpu

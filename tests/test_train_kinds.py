@@ -34,8 +34,20 @@ def test_losses_that_take_every_class_by_itself_learn(images, tmp_path, loss):
 
 def test_at_the_start_every_class_has_its_share(images, tmp_path):
     for cfg in (["space=sphere"], ["preset=flat"], ["preset=founding", "lambda_init=0.2"]):
-        args = parse_args(["--data-dir", str(images), "--model", "faim_test_vit", "--loss", "bce", "--img-size", "32",
-                           "--faim-cfg", *cfg])
+        args = parse_args(
+            [
+                "--data-dir",
+                str(images),
+                "--model",
+                "faim_test_vit",
+                "--loss",
+                "bce",
+                "--img-size",
+                "32",
+                "--faim-cfg",
+                *cfg,
+            ]
+        )
         (head,) = faim_heads(build_model(args, 500)).values()
         x = torch.randn(64, head.in_features)
         distance = (head.prior - head(x)).mean() / head.gamma()
@@ -68,12 +80,28 @@ def several_labels(images, tmp_path_factory):
 
 
 # 5 of 9 possible labels are there: to say yes to all of them has a micro F1 of 71 %.
-@pytest.mark.parametrize(("argv", "f1"), [
-    ([], 72), (["--head-only", "--cache-features"], 1), (["--loss", "twoway"], 1)])
+@pytest.mark.parametrize(
+    ("argv", "f1"), [([], 72), (["--head-only", "--cache-features"], 1), (["--loss", "twoway"], 1)]
+)
 def test_several_labels_an_image(several_labels, tmp_path, monkeypatch, argv, f1):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    train("--dataset", f"hfds/{several_labels}", "--multi-label", "--num-classes", "3", "--output", tmp_path,
-          "--experiment", "run", "--model", "faim_test_resnet", *TINY, *LEARN, "--report", *argv)
+    train(
+        "--dataset",
+        f"hfds/{several_labels}",
+        "--multi-label",
+        "--num-classes",
+        "3",
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        *LEARN,
+        "--report",
+        *argv,
+    )
     rows = read_summary(tmp_path / "run")
     assert float(rows[-1]["eval_map"]) > 60 and float(rows[-1]["eval_micro_f1"]) > f1
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -84,8 +112,24 @@ def test_several_labels_an_image(several_labels, tmp_path, monkeypatch, argv, f1
 def test_a_stream_is_trained_on_and_reported(images, tmp_path, processes):
     pytest.importorskip("webdataset")
     data = make_shards(images, tmp_path / "data")
-    argv = ["--dataset", "wds/", "--data-dir", data, "--num-classes", "3", "--output", tmp_path,
-            "--experiment", "run", "--model", "faim_test_resnet", *TINY, "-b", "2", "--report"]
+    argv = [
+        "--dataset",
+        "wds/",
+        "--data-dir",
+        data,
+        "--num-classes",
+        "3",
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        "-b",
+        "2",
+        "--report",
+    ]
     launch = Launch(argv, tmp_path / "log", processes)
     assert launch.wait() == [0] * processes, launch.text()
     assert "report: " in launch.text() and "load it:" in launch.text()

@@ -1,4 +1,5 @@
 """One epoch: late reading, accumulation, stopping at a bad loss; evaluation counts."""
+
 import math
 from types import SimpleNamespace
 
@@ -13,9 +14,19 @@ from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import RankError
 from timm_faim.training.loop import LateReader, Training, train_one_epoch
 
-ARGS = SimpleNamespace(grad_accum_steps=1, clip_grad=None, clip_mode="norm", channels_last=False, log_interval=1,
-                       seed=0, skip_unreadable=False, multi_label=False, mixup_off_epoch=0, recovery_interval=0,
-                       smoothing=0.0)
+ARGS = SimpleNamespace(
+    grad_accum_steps=1,
+    clip_grad=None,
+    clip_mode="norm",
+    channels_last=False,
+    log_interval=1,
+    seed=0,
+    skip_unreadable=False,
+    multi_label=False,
+    mixup_off_epoch=0,
+    recovery_interval=0,
+    smoothing=0.0,
+)
 
 
 class Batches(list):
@@ -29,8 +40,10 @@ class Batches(list):
 
 def random_batches(count, size=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Batches((torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator))
-                   for _ in range(count))
+    return Batches(
+        (torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for _ in range(count)
+    )
 
 
 def linear_model():
@@ -82,7 +95,7 @@ def test_accumulated_updates_are_those_of_the_larger_batches(tmp_path, accum):
     expected = linear_model()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     for start in range(0, 5, accum):
-        images, target = (torch.cat(parts) for parts in zip(*batches[start:start + accum], strict=True))
+        images, target = (torch.cat(parts) for parts in zip(*batches[start : start + accum], strict=True))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(expected(images), target).backward()
         optimizer.step()

@@ -1,4 +1,5 @@
 """The parts of a model and their learning rates."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,13 @@ def test_every_parameter_of_the_head_has_its_part(options):
     parts = parts_of(model)
     named = {name: parts.get(id(p), "backbone") for name, p in model.named_parameters()}
     head = {name.removeprefix("fc."): part for name, part in named.items() if name.startswith("fc.")}
-    expected = {"mu": "mu", "scale": "gamma", "metric.beta": "beta", "metric.lmbda": "lambda",
-                "metric.L" if options.get("full_sigma") else "metric.log_sigma_diag": "sigma"}
+    expected = {
+        "mu": "mu",
+        "scale": "gamma",
+        "metric.beta": "beta",
+        "metric.lmbda": "lambda",
+        "metric.L" if options.get("full_sigma") else "metric.log_sigma_diag": "sigma",
+    }
     assert head == expected | ({"prior": "gamma"} if options.get("prior") else {})
     assert {part for name, part in named.items() if not name.startswith("fc.")} == {"backbone"}
 
@@ -37,7 +43,8 @@ def test_a_linear_classifier_counts_as_mu():
     model, optimizer = build("test_resnet", lr_scale_backbone=0.1)
     assert sizes_of_parts(optimizer) == {
         "backbone": sum(p.numel() for n, p in model.named_parameters() if not n.startswith("fc.")),
-        "mu": sum(p.numel() for p in model.fc.parameters())}
+        "mu": sum(p.numel() for p in model.fc.parameters()),
+    }
     rates = learning_rates(optimizer)
     assert rates == pytest.approx({"backbone": 0.01, "mu": 0.1})
 
@@ -48,8 +55,9 @@ def test_splitting_keeps_every_parameter_once_and_its_weight_decay(opt):
     members = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(members) == len(list(model.parameters())) == len({id(p) for p in members})
     whole = create_optimizer_v2(model, opt, lr=0.1, weight_decay=0.05)
-    decays, expected = ({id(p): group["weight_decay"] for group in o.param_groups for p in group["params"]}
-                        for o in (optimizer, whole))
+    decays, expected = (
+        {id(p): group["weight_decay"] for group in o.param_groups for p in group["params"]} for o in (optimizer, whole)
+    )
     assert decays == expected and set(decays.values()) == {0.0, 0.05}
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     before = model.fc.mu.clone()

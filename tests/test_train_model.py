@@ -24,8 +24,21 @@ CPU = torch.device("cpu")
 
 
 def options(*argv, model="test_resnet"):
-    return parse_args(["--data-dir", "d", "--model", model, "--img-size", "32", "--batch-size", "4", "--smoothing", "0",
-                       *map(str, argv)])
+    return parse_args(
+        [
+            "--data-dir",
+            "d",
+            "--model",
+            model,
+            "--img-size",
+            "32",
+            "--batch-size",
+            "4",
+            "--smoothing",
+            "0",
+            *map(str, argv),
+        ]
+    )
 
 
 def build(*argv, model="test_resnet", classes=3):
@@ -41,15 +54,21 @@ def images(count=4, channels=3):
 
 
 def test_model_arguments_reach_timm():
-    _, model = build("--gp", "max", "--drop", "0.25", "--bn-momentum", "0.3", "--bn-eps", "0.01",
-                     model="test_efficientnet")
+    _, model = build(
+        "--gp", "max", "--drop", "0.25", "--bn-momentum", "0.3", "--bn-eps", "0.01", model="test_efficientnet"
+    )
     assert model.global_pool.pool_type == "max" and model.drop_rate == 0.25
     assert model.bn1.momentum == 0.3 and model.bn1.eps == 0.01
 
 
-@pytest.mark.parametrize(("model", "flag", "value"), [
-    ("test_resnet", "--bn-momentum", "0.3"), ("faim_test_vit", "--drop-block", "0.1"), ("test_vit", "--bn-eps", "0.1"),
-])
+@pytest.mark.parametrize(
+    ("model", "flag", "value"),
+    [
+        ("test_resnet", "--bn-momentum", "0.3"),
+        ("faim_test_vit", "--drop-block", "0.1"),
+        ("test_vit", "--bn-eps", "0.1"),
+    ],
+)
 def test_argument_that_the_model_does_not_take(model, flag, value):
     with pytest.raises(UserError, match=rf"^{model} does not take {flag}\. Leave it out"):
         build(flag, value, model=model)
@@ -156,21 +175,33 @@ def bce_by_hand(logits, target, pos_weight=1.0):
     return -(pos_weight * target * p.log() + (1 - target) * (1 - p).log())
 
 
-@pytest.mark.parametrize(("argv", "target", "expected"), [
-    ([], INDEX, lambda y: cross_entropy_by_hand(LOGITS, y)),
-    (["--smoothing", "0.3"], INDEX, lambda y: cross_entropy_by_hand(LOGITS, 0.7 * y + 0.1)),
-    (["--bce-loss"], INDEX, lambda y: bce_by_hand(LOGITS, y).mean()),
-    (["--loss", "bce", "--smoothing", "0.3"], INDEX, lambda y: bce_by_hand(LOGITS, 0.7 * y + 0.1).mean()),
-    (["--bce-loss", "--bce-sum"], INDEX, lambda y: bce_by_hand(LOGITS, y).sum(1).mean()),
-    (["--bce-loss", "--bce-pos-weight", "3"], INDEX, lambda y: bce_by_hand(LOGITS, y, 3.0).mean()),
-    (["--bce-loss", "--mixup", "1", "--bce-target-thresh", "0.2"], torch.tensor([[0.7, 0.3, 0], [0.1, 0.9, 0]]),
-     lambda y: bce_by_hand(LOGITS, torch.tensor([[1.0, 1, 0], [0, 1, 0]])).mean()),
-    (["--mixup", "1", "--smoothing", "0.1"], torch.tensor([[0.7, 0.3, 0], [0.1, 0.9, 0]]),
-     lambda y: cross_entropy_by_hand(LOGITS, y)),
-    (["--multi-label", "--dataset", "hfds/x"], HOT, lambda y: bce_by_hand(LOGITS, y).mean()),
-    (["--multi-label", "--dataset", "hfds/x", "--smoothing", "0.2"], HOT,
-     lambda y: bce_by_hand(LOGITS, 0.8 * y + 0.1).mean()),
-])
+@pytest.mark.parametrize(
+    ("argv", "target", "expected"),
+    [
+        ([], INDEX, lambda y: cross_entropy_by_hand(LOGITS, y)),
+        (["--smoothing", "0.3"], INDEX, lambda y: cross_entropy_by_hand(LOGITS, 0.7 * y + 0.1)),
+        (["--bce-loss"], INDEX, lambda y: bce_by_hand(LOGITS, y).mean()),
+        (["--loss", "bce", "--smoothing", "0.3"], INDEX, lambda y: bce_by_hand(LOGITS, 0.7 * y + 0.1).mean()),
+        (["--bce-loss", "--bce-sum"], INDEX, lambda y: bce_by_hand(LOGITS, y).sum(1).mean()),
+        (["--bce-loss", "--bce-pos-weight", "3"], INDEX, lambda y: bce_by_hand(LOGITS, y, 3.0).mean()),
+        (
+            ["--bce-loss", "--mixup", "1", "--bce-target-thresh", "0.2"],
+            torch.tensor([[0.7, 0.3, 0], [0.1, 0.9, 0]]),
+            lambda y: bce_by_hand(LOGITS, torch.tensor([[1.0, 1, 0], [0, 1, 0]])).mean(),
+        ),
+        (
+            ["--mixup", "1", "--smoothing", "0.1"],
+            torch.tensor([[0.7, 0.3, 0], [0.1, 0.9, 0]]),
+            lambda y: cross_entropy_by_hand(LOGITS, y),
+        ),
+        (["--multi-label", "--dataset", "hfds/x"], HOT, lambda y: bce_by_hand(LOGITS, y).mean()),
+        (
+            ["--multi-label", "--dataset", "hfds/x", "--smoothing", "0.2"],
+            HOT,
+            lambda y: bce_by_hand(LOGITS, 0.8 * y + 0.1).mean(),
+        ),
+    ],
+)
 def test_loss_is_what_the_options_say(argv, target, expected):
     args, model = build(*argv)
     dense = F.one_hot(target, 3).float() if target.ndim == 1 else target
@@ -226,13 +257,19 @@ def test_mixup_of_index_and_of_dense_targets():
 @pytest.fixture
 def teacher(tmp_path):
     """A trained model with 3 classes, by the name under which it opens."""
+
     def save(model="test_resnet", **kwargs):
         folder = tmp_path / f"teacher_{model}_{len(kwargs)}"
         folder.mkdir()
         net = timm.create_model(model, num_classes=3, **kwargs)
-        config = {"input_size": (kwargs.get("in_chans", 3), 32, 32), "mean": (0.2,) * kwargs.get("in_chans", 3),
-                  "std": (0.5,) * kwargs.get("in_chans", 3), "interpolation": "bilinear", "crop_pct": 1.0,
-                  "crop_mode": "center"}
+        config = {
+            "input_size": (kwargs.get("in_chans", 3), 32, 32),
+            "mean": (0.2,) * kwargs.get("in_chans", 3),
+            "std": (0.5,) * kwargs.get("in_chans", 3),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+        }
         save_config(net, folder / "config.json", config, None, pretrained=False)
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
         return f"local-dir:{folder}"
@@ -257,8 +294,9 @@ def test_plain_and_multi_label_tasks():
 
 def test_logit_distillation_by_hand(teacher):
     name = teacher()
-    task, net = task_of("--kd-model-name", name, "--kd-temperature", "2", "--task-loss-weight", "0.25",
-                           "--mean", "0.4", "--std", "0.3")
+    task, net = task_of(
+        "--kd-model-name", name, "--kd-temperature", "2", "--task-loss-weight", "0.25", "--mean", "0.4", "--std", "0.3"
+    )
     task.train()
     net.eval()
     master = timm.create_model(name, pretrained=True).eval()
@@ -278,8 +316,9 @@ def test_grey_images_are_distilled(teacher):
 
 
 def test_feature_distillation_trains_a_projection_and_no_teacher(teacher):
-    task, net = task_of("--kd-model-name", teacher("test_vit", img_size=32), "--kd-distill-type", "feature",
-                           model="faim_test_resnet")
+    task, net = task_of(
+        "--kd-model-name", teacher("test_vit", img_size=32), "--kd-distill-type", "feature", model="faim_test_resnet"
+    )
     trainable = task.get_trainable_module()
     assert trainable.projection.out_features == task.teacher.model.num_features
     task.train()(images(), torch.tensor([0, 1, 2, 0]))["loss"].backward()
@@ -288,8 +327,9 @@ def test_feature_distillation_trains_a_projection_and_no_teacher(teacher):
 
 
 def test_distillation_in_low_precision(teacher):
-    task, net = task_of("--kd-model-name", teacher(), "--kd-distill-type", "feature", "--model-dtype", "bfloat16",
-                           model="faim_test_vit")
+    task, net = task_of(
+        "--kd-model-name", teacher(), "--kd-distill-type", "feature", "--model-dtype", "bfloat16", model="faim_test_vit"
+    )
     task.train()(images().bfloat16(), torch.tensor([0, 1, 2, 0]))["loss"].backward()
     assert net.head.mu.grad.dtype == torch.bfloat16
 
@@ -298,9 +338,20 @@ DISTILLED = "faim_deit_tiny_distilled_patch16_224"
 
 
 def test_token_distillation_gives_each_head_its_own_part(teacher):
-    task, net = task_of("--kd-model-name", teacher(), "--kd-distill-type", "token",
-                           "--kd-token-distill-type", "hard", "--faim-cfg", "margin=0.5", "scale_init=4.0",
-                           "--distill-loss-weight", "2", model=DISTILLED)
+    task, net = task_of(
+        "--kd-model-name",
+        teacher(),
+        "--kd-distill-type",
+        "token",
+        "--kd-token-distill-type",
+        "hard",
+        "--faim-cfg",
+        "margin=0.5",
+        "scale_init=4.0",
+        "--distill-loss-weight",
+        "2",
+        model=DISTILLED,
+    )
     with torch.no_grad():
         net.head_dist.scale.mul_(3)  # another γ, which the main head's margin must not see
     net.train()
@@ -321,12 +372,15 @@ def test_margin_of_a_tuple_output_is_each_heads_own():
     torch.testing.assert_close(seen[1], LOGITS - 6 * hot)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("resnt50", r"unknown --kd-model-name 'resnt50'\..*resnet50"),
-    ("vit_base_patch16_18x2_224", "vit_base_patch16_18x2_224: .*no pretrained weights"),
-    ("resnet50.no_such_tag", r"Invalid pretrained tag \(no_such_tag\)"),
-    ("local-dir:/no/such/run", r"cannot open the teacher --kd-model-name local-dir:/no/such/run"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnt50", r"unknown --kd-model-name 'resnt50'\..*resnet50"),
+        ("vit_base_patch16_18x2_224", "vit_base_patch16_18x2_224: .*no pretrained weights"),
+        ("resnet50.no_such_tag", r"Invalid pretrained tag \(no_such_tag\)"),
+        ("local-dir:/no/such/run", r"cannot open the teacher --kd-model-name local-dir:/no/such/run"),
+    ],
+)
 def test_teachers_that_cannot_be_opened(name, message):
     with pytest.raises(UserError, match=message) as raised:
         task_of("--kd-model-name", name)
@@ -378,8 +432,18 @@ def test_student_without_a_distillation_head(teacher):
 
 
 def test_optimiser_arguments():
-    args, model = build("--opt", "adamw", "--lr", "1e-3", "--opt-kwargs", "amsgrad=True", "--layer-decay", "0.5",
-                        "--layer-decay-min-scale", "0.2")
+    args, model = build(
+        "--opt",
+        "adamw",
+        "--lr",
+        "1e-3",
+        "--opt-kwargs",
+        "amsgrad=True",
+        "--layer-decay",
+        "0.5",
+        "--layer-decay-min-scale",
+        "0.2",
+    )
     optimizer = build_optimizer(args, model, 1)
     assert optimizer.defaults["amsgrad"] is True
     assert min(group["lr_scale"] for group in optimizer.param_groups) == 0.2
@@ -393,8 +457,20 @@ def test_bad_optimiser_arguments(given):
 
 
 def test_schedule_with_cycles_and_noise():
-    args, model = build("--lr", "1", "--epochs", "4", "--warmup-epochs", "0", "--lr-cycle-limit", "2",
-                        "--lr-cycle-decay", "0.5", "--sched", "cosine")
+    args, model = build(
+        "--lr",
+        "1",
+        "--epochs",
+        "4",
+        "--warmup-epochs",
+        "0",
+        "--lr-cycle-limit",
+        "2",
+        "--lr-cycle-decay",
+        "0.5",
+        "--sched",
+        "cosine",
+    )
     optimizer = build_optimizer(args, model, 1)
     scheduler, epochs = build_scheduler(args, optimizer, 10)
     assert epochs == 8
@@ -417,8 +493,15 @@ def test_schedule_that_does_not_fit(argv):
 # Freezing
 
 
-FAMILIES = ["faim_test_resnet", "test_resnet", "faim_test_vit", "test_vit", "faim_test_convnext",
-            "faim_test_efficientnet", "faim_test_byobnet"]
+FAMILIES = [
+    "faim_test_resnet",
+    "test_resnet",
+    "faim_test_vit",
+    "test_vit",
+    "faim_test_convnext",
+    "faim_test_efficientnet",
+    "faim_test_byobnet",
+]
 
 
 def step(model, frozen):
@@ -449,11 +532,16 @@ def test_head_only_changes_nothing_but_the_classifier(name):
     assert changed and all(key.startswith(classifier(model)) for key in changed)
 
 
-@pytest.mark.parametrize(("name", "prefixes"), [
-    ("faim_test_resnet", ("layer4.0.", "fc.")), ("test_resnet", ("layer4.0.", "fc.")),
-    ("faim_test_vit", ("blocks.5.", "norm.", "head.")), ("faim_test_convnext", ("stages.3.blocks.1.", "head.")),
-    ("faim_test_efficientnet", ("blocks.4.0.", "conv_head.", "bn2.", "classifier.")),
-])
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("faim_test_resnet", ("layer4.0.", "fc.")),
+        ("test_resnet", ("layer4.0.", "fc.")),
+        ("faim_test_vit", ("blocks.5.", "norm.", "head.")),
+        ("faim_test_convnext", ("stages.3.blocks.1.", "head.")),
+        ("faim_test_efficientnet", ("blocks.4.0.", "conv_head.", "bn2.", "classifier.")),
+    ],
+)
 def test_train_last_changes_the_last_block_the_norm_and_the_classifier(name, prefixes):
     args, model = build("--train-last", "1", model=name)
     changed = step(model, apply_freeze(args, model))
@@ -464,8 +552,9 @@ def test_train_last_changes_the_last_block_the_norm_and_the_classifier(name, pre
 
 def test_swin_keeps_blocks_and_norm_together():
     args = options("--train-last", "1", model="faim_swin_tiny_patch4_window7_224")
-    model = timm.create_model(args.model, num_classes=3, img_size=32, window_size=1, embed_dim=12,
-                              depths=(1, 1, 1, 2), num_heads=(1, 1, 1, 1))
+    model = timm.create_model(
+        args.model, num_classes=3, img_size=32, window_size=1, embed_dim=12, depths=(1, 1, 1, 2), num_heads=(1, 1, 1, 1)
+    )
     apply_freeze(args, model)
     learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert {".".join(key.split(".")[:4]) for key in learns if key.startswith("layers")} == {"layers.3.blocks.1"}
@@ -495,10 +584,13 @@ def test_frozen_parameter_beside_modules():
     assert apply_freeze(args, model) == [model.blocks[0]] and not model.pos_embed.requires_grad
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("layr1", r"--freeze layr1 matches no module of the model\. Did you mean layer1.*At the top are conv1, "),
-    ("*", r"leaves nothing to learn"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layr1", r"--freeze layr1 matches no module of the model\. Did you mean layer1.*At the top are conv1, "),
+        ("*", r"leaves nothing to learn"),
+    ],
+)
 def test_bad_names_to_freeze(name, message):
     args, model = build("--freeze", name)
     with pytest.raises(UserError, match=message):

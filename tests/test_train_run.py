@@ -1,4 +1,5 @@
 """Whole runs of train_faim.py on a tiny image folder, in one process and in two."""
+
 import json
 import os
 import re
@@ -36,23 +37,50 @@ def evaluate_run(run, images):
     """Validation metrics of a run folder, opened by timm and nothing else of ours."""
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
     config = resolve_model_data_config(model)
-    loader = create_loader(create_dataset("", root=str(images), split="validation"), batch_size=3, num_workers=0,
-                           device=torch.device("cpu"), is_training=False,
-                           **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")})
+    loader = create_loader(
+        create_dataset("", root=str(images), split="validation"),
+        batch_size=3,
+        num_workers=0,
+        device=torch.device("cpu"),
+        is_training=False,
+        **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")},
+    )
     return model, evaluate(model, loader, Accelerator(cpu=True), parse_args(["--data-dir", "d"]))
 
 
 @pytest.fixture(scope="module")
 def faim_run(images, tmp_path_factory):
-    return train_tiny(images, tmp_path_factory.mktemp("out"), "--faim-cfg", "space=sphere", "margin=0.2",
-                      "--head-init", "data", "--epochs", "3", "--report")
+    return train_tiny(
+        images,
+        tmp_path_factory.mktemp("out"),
+        "--faim-cfg",
+        "space=sphere",
+        "margin=0.2",
+        "--head-init",
+        "data",
+        "--epochs",
+        "3",
+        "--report",
+    )
 
 
 def test_run_folder_is_complete(faim_run):
     assert {p.name for p in faim_run.iterdir()} == {
-        "args.yaml", "checkpoints", "config.json", "eval", "learning_curve.png", "last.safetensors",
-        "model.safetensors", "model_best.safetensors", "report", "report.html", "summary.csv", "top", ".lock",
-        ".finished"}
+        "args.yaml",
+        "checkpoints",
+        "config.json",
+        "eval",
+        "learning_curve.png",
+        "last.safetensors",
+        "model.safetensors",
+        "model_best.safetensors",
+        "report",
+        "report.html",
+        "summary.csv",
+        "top",
+        ".lock",
+        ".finished",
+    }
     assert (faim_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((faim_run / "checkpoints").iterdir())) == 2
     assert sorted(p.name for p in (faim_run / "top").iterdir()) == [f"epoch_000{n}.safetensors" for n in range(4)]
@@ -63,8 +91,19 @@ def test_summary_has_one_row_an_epoch(faim_run):
     assert start["epoch"] == "0" and start["train_loss"] == start["lr"] == "" and start["eval_samples"] == "7"
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and list(start)[:2] == ["epoch", "train_loss"]
     assert set(rows[0]) == {
-        "epoch", "train_loss", "train_top1", "train_images_per_s", "train_seconds", "train_lambda", "train_gamma",
-        "eval_loss", "eval_top1", "eval_top5", "eval_samples", "lr"}
+        "epoch",
+        "train_loss",
+        "train_top1",
+        "train_images_per_s",
+        "train_seconds",
+        "train_lambda",
+        "train_gamma",
+        "eval_loss",
+        "eval_top1",
+        "eval_top5",
+        "eval_samples",
+        "lr",
+    }
     assert all(row["eval_samples"] == "7" for row in rows)
     rates = [float(row["lr"]) for row in rows]
     assert rates[0] > rates[1] > rates[2] > 0
@@ -92,7 +131,8 @@ def test_options_are_saved_and_repeat_the_run_exactly(faim_run, tmp_path):
     varying = ("train_images_per_s", "train_seconds")
     first, second = (
         [{k: v for k, v in row.items() if k not in varying} for row in read_summary(run)]
-        for run in (faim_run, tmp_path / "again"))
+        for run in (faim_run, tmp_path / "again")
+    )
     assert first == second
 
 
@@ -115,8 +155,9 @@ def test_one_channel_images_keep_one_mean_in_the_config(images, tmp_path):
 
 
 def test_image_size_reaches_models_of_fixed_size(images, tmp_path):
-    run = train_tiny(images, tmp_path, "--epochs", "1", "--layer-decay", "0.7", "--drop-path", "0.1",
-                     model="faim_test_vit")
+    run = train_tiny(
+        images, tmp_path, "--epochs", "1", "--layer-decay", "0.7", "--drop-path", "0.1", model="faim_test_vit"
+    )
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
@@ -198,22 +239,25 @@ def test_skipped_images_are_reported_after_each_epoch(tmp_path, capsys):
     assert capsys.readouterr().out.count("1 unreadable images left out so far") == 2
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--model", "faim_resnet10x"], r"unknown model 'faim_resnet10x'\. Did you mean faim_resnet10t"),
-    (["--model", "resnet10x"], r"unknown model 'resnet10x'\. Did you mean resnet10t"),
-    (["--faim-cfg", "margn=0.2"], r"cannot create faim_test_resnet: unknown faim_cfg key 'margn'.*margin"),
-    (["--faim-cfg", "lambda_init=-0.1"], r"lambda_init.*-0\.1"),
-    (["--faim-cfg", "scale_init=0"], r"scale_init.*0"),
-    (["--opt", "adamww"], r"unknown --opt adamww\. Did you mean.* adamw"),
-    (["--mean", "0.5", "0.5"], r"--mean and --std need one number, or one per channel \(3\)"),
-    (["--model-kwargs", "no_such=1"], r"cannot create faim_test_resnet.*no_such"),
-    (["--initial-checkpoint", "no/such.safetensors"], r"--initial-checkpoint no/such\.safetensors is no file"),
-    (["--initial-checkpoint", __file__], r"cannot create faim_test_resnet"),
-    (["--aug", "--aa", "nonsense"], r"timm cannot make the image transforms: AssertionError.*Check --aa"),
-    (["--interpolation", "foo"], r"timm cannot make the image transforms: KeyError.*--interpolation"),
-    (["--opt-betas", "0.9"], r"--opt adamw: "),
-    (["--skip-unreadable", "--dataset", "wds/"], r"--skip-unreadable is for images that are read"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "faim_resnet10x"], r"unknown model 'faim_resnet10x'\. Did you mean faim_resnet10t"),
+        (["--model", "resnet10x"], r"unknown model 'resnet10x'\. Did you mean resnet10t"),
+        (["--faim-cfg", "margn=0.2"], r"cannot create faim_test_resnet: unknown faim_cfg key 'margn'.*margin"),
+        (["--faim-cfg", "lambda_init=-0.1"], r"lambda_init.*-0\.1"),
+        (["--faim-cfg", "scale_init=0"], r"scale_init.*0"),
+        (["--opt", "adamww"], r"unknown --opt adamww\. Did you mean.* adamw"),
+        (["--mean", "0.5", "0.5"], r"--mean and --std need one number, or one per channel \(3\)"),
+        (["--model-kwargs", "no_such=1"], r"cannot create faim_test_resnet.*no_such"),
+        (["--initial-checkpoint", "no/such.safetensors"], r"--initial-checkpoint no/such\.safetensors is no file"),
+        (["--initial-checkpoint", __file__], r"cannot create faim_test_resnet"),
+        (["--aug", "--aa", "nonsense"], r"timm cannot make the image transforms: AssertionError.*Check --aa"),
+        (["--interpolation", "foo"], r"timm cannot make the image transforms: KeyError.*--interpolation"),
+        (["--opt-betas", "0.9"], r"--opt adamw: "),
+        (["--skip-unreadable", "--dataset", "wds/"], r"--skip-unreadable is for images that are read"),
+    ],
+)
 def test_bad_input_stops_before_any_work(images, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr(epochs, "train_one_epoch", lambda *_: pytest.fail("training has begun"))
     with pytest.raises(UserError, match=message):
@@ -226,9 +270,23 @@ def command(*argv, launcher=(sys.executable,), **env):
 
 def two_processes(*argv):
     # `accelerate launch --cpu --num_processes 2` runs one process without a word; this starts two.
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes",
-                "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-                str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+    ]
     return command(*argv, launcher=launcher, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
 
 
@@ -239,9 +297,26 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
 
 
 def test_two_processes_count_each_image_once_and_agree_with_one(images, tmp_path):
-    result = two_processes("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model",
-                           "faim_test_resnet", *TINY, "--faim-cfg", "margin=0.1",
-                           "--grad-accum-steps", "2", "--model-ema", "--model-ema-decay", "0.5", "-b", "2")
+    result = two_processes(
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        "--faim-cfg",
+        "margin=0.1",
+        "--grad-accum-steps",
+        "2",
+        "--model-ema",
+        "--model-ema-decay",
+        "0.5",
+        "-b",
+        "2",
+    )
     assert result.returncode == 0, result.stderr
     assert "; 2 x cpu;" in result.stdout
     assert result.stdout.count("load it:") == 1
@@ -269,8 +344,6 @@ def test_two_processes_stop_when_one_meets_an_unreadable_image(tmp_path):
     assert re.search(r"train_faim: error \(process 0\): cannot read image .*dog/1\.png", result.stderr)
 
 
-
-
 def test_a_wrong_option_does_not_cost_the_name_of_the_run(images, tmp_path):
     with pytest.raises(UserError, match="adamww.*adamw"):
         train_tiny(images, tmp_path, "--opt", "adamww")
@@ -281,8 +354,21 @@ def test_a_wrong_option_does_not_cost_the_name_of_the_run(images, tmp_path):
 def test_the_rate_that_follows_the_batch_is_on_record(images, tmp_path):
     run = tmp_path / "run"
     words = [word for word in TINY if word not in ("--lr", "0.003")]
-    train("--data-dir", images, "--output", tmp_path, "--experiment", "run", "--model", "faim_test_resnet", *words,
-          "--epochs", "1", "--lr-base", "0.01")
+    train(
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--model",
+        "faim_test_resnet",
+        *words,
+        "--epochs",
+        "1",
+        "--lr-base",
+        "0.01",
+    )
     assert yaml.safe_load((run / "args.yaml").read_text())["lr"] == pytest.approx(0.01 * (4 / 256) ** 0.5)
 
 
@@ -317,8 +403,10 @@ def test_evaluation_alone_ignores_options_of_training(faim_run, tmp_path):
 
 
 def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):
-    for classes, message in [(("bird", "cat"), "model has 3 classes and the validation data 2"),
-                             (("bird", "cat", "wolf"), "class 2 is 'wolf' here and 'dog' in the model")]:
+    for classes, message in [
+        (("bird", "cat"), "model has 3 classes and the validation data 2"),
+        (("bird", "cat", "wolf"), "class 2 is 'wolf' here and 'dog' in the model"),
+    ]:
         data = make_images(tmp_path / f"{len(classes)}{classes[-1]}", classes=classes)
         with pytest.raises(UserError, match=message):
             train("--eval-only", "--model", f"local-dir:{faim_run}", "--data-dir", data, "--output", tmp_path)
@@ -327,9 +415,12 @@ def test_evaluation_on_other_classes_is_refused(faim_run, tmp_path):
 def test_a_dry_run_shows_the_plan_and_writes_nothing(images, tmp_path, capsys):
     train_tiny(images, tmp_path, "--dry-run", "--lr-scale-mu", "10")
     output = capsys.readouterr().out
-    for part in ("2 epochs of 3 updates of 4 images", "mu: 288 parameters, highest learning rate 0.03",
-                 "memory of training:",
-                 "validation batch: loss"):
+    for part in (
+        "2 epochs of 3 updates of 4 images",
+        "mu: 288 parameters, highest learning rate 0.03",
+        "memory of training:",
+        "validation batch: loss",
+    ):
         assert part in output
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,5 @@
 """Seeds by position: the same batches whatever the workers, and from the middle of an epoch on."""
+
 import random
 from collections import Counter
 
@@ -26,8 +27,18 @@ class Draws(Dataset):
 
 def order(workers=0, seed=3, reprob=0.0, batch_size=4):
     dataset = SeededSamples(Draws())
-    loader = create_loader(dataset, (1, 2, 2), batch_size, is_training=True, num_workers=workers, mean=(0.0,),
-                           std=(1 / 255,), device=torch.device("cpu"), no_aug=True, persistent_workers=workers > 0)
+    loader = create_loader(
+        dataset,
+        (1, 2, 2),
+        batch_size,
+        is_training=True,
+        num_workers=workers,
+        mean=(0.0,),
+        std=(1 / 255,),
+        device=torch.device("cpu"),
+        no_aug=True,
+        persistent_workers=workers > 0,
+    )
     dataset.transform = None
     if reprob:
         loader.random_erasing = Erasing()
@@ -113,7 +124,17 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_is_read_up_to_the_position():
-    loader = create_loader(Stream(), (1, 2, 2), 2, is_training=True, num_workers=0, mean=(0.0,), std=(1 / 255,),
-                           device=torch.device("cpu"), no_aug=True, persistent_workers=False)
+    loader = create_loader(
+        Stream(),
+        (1, 2, 2),
+        2,
+        is_training=True,
+        num_workers=0,
+        mean=(0.0,),
+        std=(1 / 255,),
+        device=torch.device("cpu"),
+        no_aug=True,
+        persistent_workers=False,
+    )
     targets = [target.tolist() for _, target in TrainingOrder(loader, 0, 0).batches(0, 2)]
     assert targets == [[4, 5]]

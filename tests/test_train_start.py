@@ -1,4 +1,5 @@
 """A start in closed form: epoch 0 of the summary, a run of its own with --epochs 0, and resumed like any other."""
+
 import pytest
 import torch
 from runs import TINY, make_images, read_summary, train, train_tiny
@@ -30,7 +31,8 @@ def test_a_run_of_no_epochs_fits_evaluates_and_saves(images, tmp_path, capsys):
     assert f"start: validation loss {float(row['eval_loss']):.3f}, top-1 " in said
     assert f"best validation top1 {float(row['eval_top1']):.2f}" in said
     assert {"config.json", "model.safetensors", "last.safetensors", "report.html", FINISHED, "learning_curve.png"} <= {
-        path.name for path in run.iterdir()}
+        path.name for path in run.iterdir()
+    }
     train("--resume", run)  # nothing is left to do
     assert read_summary(run) == [row]
 
@@ -54,11 +56,15 @@ def test_more_epochs_go_on_from_the_start(images, tmp_path):
 @pytest.mark.parametrize("moment", ["row", "checkpoint", "first epoch"])
 def test_killed_around_the_start_the_resumed_run_is_the_uninterrupted_one(images, tmp_path, monkeypatch, moment):
     whole = train_tiny(images, tmp_path / "whole", *START)
-    where = {"row": (epochs, "check_weights"), "checkpoint": ("timm_faim.training.state.Checkpointer", "save"),
-             "first epoch": (epochs, "train_one_epoch")}[moment]
+    where = {
+        "row": (epochs, "check_weights"),
+        "checkpoint": ("timm_faim.training.state.Checkpointer", "save"),
+        "first epoch": (epochs, "train_one_epoch"),
+    }[moment]
 
     def killed(*args):
         raise MemoryError
+
     with monkeypatch.context() as patch, pytest.raises((MemoryError, UserError)):
         patch.setattr(*(f"{where[0]}.{where[1]}",) if isinstance(where[0], str) else where, killed)
         train_tiny(images, tmp_path, *START)
@@ -68,11 +74,25 @@ def test_killed_around_the_start_the_resumed_run_is_the_uninterrupted_one(images
 
 
 def test_a_start_is_not_repeated_when_the_report_was_killed(images, tmp_path, monkeypatch, capsys):
-    options = ["--data-dir", images, "--output", tmp_path / "out", "--model", "faim_test_resnet", *TINY, *START,
-               "--epochs", "0", "--report", "--resume", "auto"]
+    options = [
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "faim_test_resnet",
+        *TINY,
+        *START,
+        "--epochs",
+        "0",
+        "--report",
+        "--resume",
+        "auto",
+    ]
 
     def killed(*args):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finish, "finish", killed)
         train(*options)
@@ -89,11 +109,17 @@ def test_without_validation_the_start_is_kept_and_the_loss_decides_later(images,
     assert [row["epoch"] for row in read_summary(run)] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    ("--model faim_resnet18", "--epochs 0 trains nothing: give --head-init data"),
-    ("--model resnet18", "--epochs 0 trains nothing"),
-    ("--model faim_resnet18 --head-init data --head-refit 1", "--head-refit does not go with --epochs 0, whose heads"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model faim_resnet18", "--epochs 0 trains nothing: give --head-init data"),
+        ("--model resnet18", "--epochs 0 trains nothing"),
+        (
+            "--model faim_resnet18 --head-init data --head-refit 1",
+            "--head-refit does not go with --epochs 0, whose heads",
+        ),
+    ],
+)
 def test_what_no_epochs_do_not_go_with(argv, message):
     with pytest.raises(UserError, match=message):
         parse_args(["--data-dir", "d", "--epochs", "0", *argv.split()])

@@ -1,4 +1,5 @@
 """Checkpoints to resume from: whole or not there, damaged ones recognised."""
+
 import json
 import os
 import shutil
@@ -12,14 +13,7 @@ from timm.utils import ModelEmaV3
 
 from timm_faim.run.errors import RankError, UserError
 from timm_faim.training import state
-from timm_faim.training.state import (
-    FOLDER,
-    Checkpointer,
-    Progress,
-    check_checkpoint,
-    epochs_done,
-    find_checkpoint,
-)
+from timm_faim.training.state import FOLDER, Checkpointer, Progress, check_checkpoint, epochs_done, find_checkpoint
 
 LAYOUT = {"processes": 1, "batch_size": 4, "grad_accum_steps": 1, "images": 20}
 
@@ -34,11 +28,13 @@ class Run:
         self.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
         self.ema = ModelEmaV3(self.model, decay=0.5)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.scheduler, _ = create_scheduler_v2(self.optimizer, sched=sched, num_epochs=20, warmup_epochs=0,
-                                                patience_epochs=1)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=sched, num_epochs=20, warmup_epochs=0, patience_epochs=1
+        )
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.checkpointer = Checkpointer(self.accelerator, folder, self.model, self.optimizer, LAYOUT, self.scheduler,
-                                         self.ema, keep)
+        self.checkpointer = Checkpointer(
+            self.accelerator, folder, self.model, self.optimizer, LAYOUT, self.scheduler, self.ema, keep
+        )
 
     def step(self, number):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
@@ -49,8 +45,11 @@ class Run:
         self.scheduler.step(number + 1, metric=1.0)  # never better: the rate falls after the patience
 
     def everything(self):
-        return [*self.model.state_dict().values(), *self.ema.state_dict().values(),
-                torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)]
+        return [
+            *self.model.state_dict().values(),
+            *self.ema.state_dict().values(),
+            torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64),
+        ]
 
 
 @pytest.mark.parametrize("sched", ["plateau", "cosine"])
@@ -188,8 +187,11 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, mo
         monkeypatch.setattr(run.accelerator, "save_state", fail)
     else:
         monkeypatch.setattr(state, "flush_to_disk" if moment == "manifest" else "rename", fail)
-    with pytest.raises(RankError, match=r"cannot write checkpoint .*checkpoint-0002-00000000.*No space left.*MiB free.*"
-                                        r"last complete one is .*checkpoint-0001-00000000"):
+    with pytest.raises(
+        RankError,
+        match=r"cannot write checkpoint .*checkpoint-0002-00000000.*No space left.*MiB free.*"
+        r"last complete one is .*checkpoint-0001-00000000",
+    ):
         run.checkpointer.save(Progress(epoch=2, updates=2))
     assert names(tmp_path) == ["checkpoint-0001-00000000"]
 
@@ -213,16 +215,24 @@ def test_another_model_is_refused(tmp_path):
 def test_going_back_sets_the_later_ones_aside(tmp_path):
     run = saved(tmp_path)
     assert run.checkpointer.set_later_aside(Progress(epoch=1, updates=1)) == [
-        "checkpoint-0003-00000000", "checkpoint-0002-00000000"]
-    assert names(tmp_path) == ["checkpoint-0001-00000000", "superseded-checkpoint-0002-00000000",
-                               "superseded-checkpoint-0003-00000000"]
+        "checkpoint-0003-00000000",
+        "checkpoint-0002-00000000",
+    ]
+    assert names(tmp_path) == [
+        "checkpoint-0001-00000000",
+        "superseded-checkpoint-0002-00000000",
+        "superseded-checkpoint-0003-00000000",
+    ]
     assert epochs_done(tmp_path) == 1
 
 
 def test_a_position_is_converted_to_another_number_of_processes():
     progress = Progress(epoch=2, step=6, updates=2 * 10 + 6)
-    progress.lay_out({"processes": 2, "batch_size": 4, "grad_accum_steps": 1},
-                     {"processes": 1, "batch_size": 4, "grad_accum_steps": 5}, batches=20)
+    progress.lay_out(
+        {"processes": 2, "batch_size": 4, "grad_accum_steps": 1},
+        {"processes": 1, "batch_size": 4, "grad_accum_steps": 5},
+        batches=20,
+    )
     assert (progress.step, progress.updates) == (10, 2 * 4 + 2)  # 48 images are 12 batches, 10 of them whole updates
 
 

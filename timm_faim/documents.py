@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> Any:
 def one_line(said: object) -> str:
     """A message in one line that a person can read; a long one keeps its beginning and its end, the mend."""
     text = " ".join(str(said).split()) or type(said).__name__
-    return text if len(text) <= _SAID else f"{text[:_SAID // 2]} ... {text[-_SAID // 2:]}"
+    return text if len(text) <= _SAID else f"{text[: _SAID // 2]} ... {text[-_SAID // 2 :]}"
 
 
 @contextmanager

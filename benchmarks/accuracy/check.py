@@ -1,6 +1,6 @@
 """Do the benchmark's shortcuts compute what the package computes? Random features; prints the largest differences.
 
-    python benchmarks/accuracy/check.py
+python benchmarks/accuracy/check.py
 """
 
 import closed_form

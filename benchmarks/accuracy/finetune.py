@@ -90,12 +90,17 @@ class Run:
         body = [p for p in self.model.parameters() if p.requires_grad]
         head = [p for p in self.head.parameters() if p.requires_grad]
         groups = [  # norms, biases and scalars are not decayed, prototypes and weights of peers are
-            ([p for p in body if p.ndim > 1], rate, WEIGHT_DECAY), ([p for p in body if p.ndim <= 1], rate, 0.0),
+            ([p for p in body if p.ndim > 1], rate, WEIGHT_DECAY),
+            ([p for p in body if p.ndim <= 1], rate, 0.0),
             ([p for p in head if p.ndim > 1], rate * self.config["lr_mu"], self.config["decay_mu"]),
-            ([p for p in head if p.ndim <= 1], rate, 0.0)]
+            ([p for p in head if p.ndim <= 1], rate, 0.0),
+        ]
         cuda = self.device.type == "cuda"
-        groups = [{"params": p, "base": r, "weight_decay": w, "lr": torch.zeros((), device=self.device)}
-                  for p, r, w in groups if p]
+        groups = [
+            {"params": p, "base": r, "weight_decay": w, "lr": torch.zeros((), device=self.device)}
+            for p, r, w in groups
+            if p
+        ]
         return torch.optim.AdamW(groups, fused=cuda, capturable=cuda)
 
     def _capture(self) -> None:

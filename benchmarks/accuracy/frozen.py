@@ -129,8 +129,13 @@ def run_trained(name: str, data: FrozenFeatures, shots: int | None, log: Log, ar
 
     def config(method: str, count: int | None) -> dict:
         return dict(
-            regime="trained", method=method, data=name, shots=count or "all", support="views",
-            trials=args.trials, steps=args.steps,
+            regime="trained",
+            method=method,
+            data=name,
+            shots=count or "all",
+            support="views",
+            trials=args.trials,
+            steps=args.steps,
         )
 
     todo = [m for m in trained.SPACES if not all(log.find(config(m, shots), s) for s in range(args.seeds))]

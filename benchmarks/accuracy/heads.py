@@ -67,8 +67,16 @@ class Cosine(nn.Module):
     ECCV, section 3.2).
     """
 
-    def __init__(self, in_features: int, num_classes: int, *, kind: str = "none", scale: float = 16.0,
-                 margin: float = 0.0, sub_centres: int = 1) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        kind: str = "none",
+        scale: float = 16.0,
+        margin: float = 0.0,
+        sub_centres: int = 1,
+    ) -> None:
         super().__init__()
         if kind not in ("none", "cosface", "arcface"):
             raise ValueError(f"kind must be none, cosface or arcface, got {kind!r}")

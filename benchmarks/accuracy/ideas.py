@@ -102,8 +102,11 @@ IDEAS: dict[str, Callable[[Support, Tensor], Tensor]] = {
     **{f"Σ shrunk by {a}": (lambda s, x, a=a: spherical(frame(s, x, s.root(a)))) for a in (0.03, 0.1, 0.6)},
     "Σ shrunk by Ledoit-Wolf": ledoit_wolf,
     "prototypes not projected": images_only,
-    **{f"one-forms: {k} leading, λ {w}": partial(one_forms, weight=w, count=k, kind="leading")
-       for k in (1, 4, 16, 64) for w in (0.1, 0.3)},
+    **{
+        f"one-forms: {k} leading, λ {w}": partial(one_forms, weight=w, count=k, kind="leading")
+        for k in (1, 4, 16, 64)
+        for w in (0.1, 0.3)
+    },
     **{f"one-forms: 16 random, λ {w}": partial(one_forms, weight=w, count=16, kind="random") for w in (0.1, 0.3)},
     **{f"Randers, leading direction, λ {w}": partial(one_forms, weight=w, count=1, kind="randers") for w in (0.1, 0.3)},
     **{f"polyhedral, λ {w}": partial(polyhedral, weight=w) for w in (0.3, 1.0, 3.0)},
@@ -134,10 +137,16 @@ def main() -> None:
                     gaps[idea][name, shots].append(top1(distance(support, data.val_ND)) - base)
             print(f"{name} {shots or 'all'} done", flush=True)
     command = "python benchmarks/accuracy/ideas.py --weights FILE --data NAME=DIR …"
-    lines = ["# Ideas, each alone, against Σ with shrinkage 0.3 and λ = 0", "", headline(command, cuda=False), "",
-             f"Points of top-1 on frozen features, views as training images; {args.seeds} cuts of 1, 3, 5 images a "
-             "class and all images; 95 % t-interval over data sets and shots.", "",
-             "| idea | " + " | ".join(name for name in sorted({key[0] for key in gaps['Σ = I']})) + " | mean |"]
+    lines = [
+        "# Ideas, each alone, against Σ with shrinkage 0.3 and λ = 0",
+        "",
+        headline(command, cuda=False),
+        "",
+        f"Points of top-1 on frozen features, views as training images; {args.seeds} cuts of 1, 3, 5 images a "
+        "class and all images; 95 % t-interval over data sets and shots.",
+        "",
+        "| idea | " + " | ".join(name for name in sorted({key[0] for key in gaps["Σ = I"]})) + " | mean |",
+    ]
     names = sorted({key[0] for key in gaps["Σ = I"]})
     lines.append("|---" + "|---:" * (len(names) + 1) + "|")
     for idea, settings in gaps.items():

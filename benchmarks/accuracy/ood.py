@@ -32,9 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
 
 TRAINED = ("logistic", "linear", "cosine", "arcface", "isomax_plus", "faim_indicatrix", "faim_indicatrix_eye")
-PEERS = ("logistic, softmax", "logistic, energy", "linear, softmax", "linear, energy", "cosine, softmax",
-         "cosine, nearest", "arcface, softmax", "arcface, nearest", "isomax_plus, softmax", "isomax_plus, nearest",
-         "k nearest images")
+PEERS = (
+    "logistic, softmax",
+    "logistic, energy",
+    "linear, softmax",
+    "linear, energy",
+    "cosine, softmax",
+    "cosine, nearest",
+    "arcface, softmax",
+    "arcface, nearest",
+    "isomax_plus, softmax",
+    "isomax_plus, nearest",
+    "k nearest images",
+)
 
 
 def scores(name: str, logits: Tensor) -> dict[str, Tensor]:
@@ -98,8 +108,10 @@ def report(rows: list[dict]) -> list[str]:
         top1[row["config"]["score"]].append(100.0 * row["top1"])
     sets = sorted({data for each in values.values() for data, _ in each})
     means = {score: statistics.mean(each.values()) for score, each in values.items()}
-    lines = ["| score | " + " | ".join(sets) + " | mean AUROC | top-1 on known classes |",
-             "|---" + "|---:" * (len(sets) + 2) + "|"]
+    lines = [
+        "| score | " + " | ".join(sets) + " | mean AUROC | top-1 on known classes |",
+        "|---" + "|---:" * (len(sets) + 2) + "|",
+    ]
     for score in sorted(means, key=lambda score: -means[score]):
         cells = [f"{statistics.mean(v for (d, _), v in values[score].items() if d == data):.1f}" for data in sets]
         lines.append(f"| {score} | {' | '.join(cells)} | {means[score]:.2f} | {statistics.mean(top1[score]):.1f} |")
@@ -132,9 +144,16 @@ def main() -> None:
             print(f"{name}, seed {seed} done", flush=True)
     rows = [json.loads(line) for line in args.output.read_text().splitlines()]
     command = "python benchmarks/accuracy/ood.py --weights FILE --data NAME=DIR …"
-    page = "\n".join(["# Classes never trained on", "", headline(command, cuda=False),
-                      f"timm_faim {VERSIONS['timm_faim']}, scikit-learn {VERSIONS['scikit-learn']}", "",
-                      *report(rows)])
+    page = "\n".join(
+        [
+            "# Classes never trained on",
+            "",
+            headline(command, cuda=False),
+            f"timm_faim {VERSIONS['timm_faim']}, scikit-learn {VERSIONS['scikit-learn']}",
+            "",
+            *report(rows),
+        ]
+    )
     print(page)
     args.output.with_suffix(".md").write_text(page + "\n")
 

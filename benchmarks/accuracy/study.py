@@ -7,6 +7,7 @@ Every method has the same number of trials, at the same points of a Sobol sequen
 The setting that does best on a quarter of the training images trains on all of them with each seed. Resumable: what
 the output holds already is not run again. --minutes stops in time; run the command again to go on.
 """
+
 import argparse
 import json
 import platform
@@ -35,10 +36,18 @@ def trials(setting: str, method: str, count: int) -> list[dict[str, Any]]:
     for point in qmc.Sobol(8, seed=0).random_base2(4)[:count]:
         value = {name: place(u, range_) for u, (name, range_) in zip(point, ranges.items(), strict=False)}
         means = pretrained and (method.startswith("faim_indicatrix") or point[6] < 0.5)
-        configs.append({
-            "setting": setting, "method": method, "lr": value.pop("lr") * SETTINGS[setting][5],
-            "lr_mu": value.pop("lr_mu"), "decay_mu": value.pop("decay_mu"), "smoothing": 0.1 if point[7] < 0.5 else 0.0,
-            "start": "means" if means else "random", "options": value})
+        configs.append(
+            {
+                "setting": setting,
+                "method": method,
+                "lr": value.pop("lr") * SETTINGS[setting][5],
+                "lr_mu": value.pop("lr_mu"),
+                "decay_mu": value.pop("decay_mu"),
+                "smoothing": 0.1 if point[7] < 0.5 else 0.0,
+                "start": "means" if means else "random",
+                "options": value,
+            }
+        )
     return configs
 
 
@@ -80,9 +89,12 @@ def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: 
         for run in list(active):
             if not run.advance():
                 record = run.finish() | {
-                    "data_hash": images[run.config["setting"]].data_hash, "torch": torch.__version__,
-                    "timm": timm.__version__, "python": platform.python_version(),
-                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
+                    "data_hash": images[run.config["setting"]].data_hash,
+                    "torch": torch.__version__,
+                    "timm": timm.__version__,
+                    "python": platform.python_version(),
+                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+                }
                 with lock, args.output.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 active.remove(run)

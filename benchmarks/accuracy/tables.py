@@ -166,8 +166,10 @@ def main() -> None:
     first = json.loads(args.lines.read_text().partition("\n")[0])
     where = headline(args.command, cuda=False)
     if "device" in first:  # the lines came from another machine
-        where = (f"{first['device']}; Python {first['python']}, torch {first['torch']}, timm {first['timm']}; "
-                 f"command: `{args.command}`")
+        where = (
+            f"{first['device']}; Python {first['python']}, torch {first['torch']}, timm {first['timm']}; "
+            f"command: `{args.command}`"
+        )
     title = "# Full fine-tuning" if "setting" in first else "# Frozen features"
     text = [title, "", where, *report(read(args.lines))]
     page = "\n".join(text) + "\n"

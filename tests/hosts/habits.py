@@ -2,6 +2,7 @@
 
 A habit that fails with the ``faim_`` name may fail with timm's own name as well; then it is not ours, and is skipped.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "test_efficientnet": {},
     "deit_tiny_distilled_patch16_224": dict(img_size=32, depth=4, embed_dim=48),
     "lcnet_035": {},
-    "swin_tiny_patch4_window7_224": dict(img_size=32, window_size=2, embed_dim=24, depths=(1, 1, 2, 1),
-                                         num_heads=(1, 2, 2, 4)),
+    "swin_tiny_patch4_window7_224": dict(
+        img_size=32, window_size=2, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)
+    ),
     "resnetv2_18": dict(channels=(16, 16, 24, 32), stem_chs=16),  # its classifier is a 1×1 convolution
 }
 WITHOUT_PLACES = ("test_efficientnet", "lcnet_035")  # for a block
@@ -123,8 +125,14 @@ def cases(habits: dict[str, Callable], heavy: tuple[str, ...] = ()) -> list[Any]
                 fast = (k - i - 3 * j) % len(fit) == 0
                 if habit.__name__ in heavy:
                     fast = arch == "test_resnet" and form in ("default", "blocks")
-                found.append(pytest.param(habit, Case(arch, form), id=f"{habit.__name__}-{form}-{arch}",
-                                          marks=() if fast else pytest.mark.slow))
+                found.append(
+                    pytest.param(
+                        habit,
+                        Case(arch, form),
+                        id=f"{habit.__name__}-{form}-{arch}",
+                        marks=() if fast else pytest.mark.slow,
+                    )
+                )
     return found
 
 
@@ -157,6 +165,6 @@ def listed(namespace: dict[str, Any], module: str, arguments: tuple[str, ...] = 
     found = {}
     for name, value in namespace.items():
         code = getattr(value, "__code__", None)
-        if code is not None and value.__module__ == module and code.co_varnames[:code.co_argcount] == arguments:
+        if code is not None and value.__module__ == module and code.co_varnames[: code.co_argcount] == arguments:
             found[name] = value
     return found

@@ -1,4 +1,5 @@
 """What Accelerate does with a model: empty starts, offloading, preparing, saving."""
+
 import copy
 
 import accelerate
@@ -70,8 +71,12 @@ def dispatched_by_part(case, folder):
     device_map |= {name: "cpu" for name, _ in model.named_parameters(recurse=False)}
     device_map |= {name: "cpu" for name, _ in model.named_buffers(recurse=False)}
     device_map[heads(model)[0][0].partition(".")[0]] = "disk"
-    case.same(dispatch_model(copy.deepcopy(model), device_map, main_device="cpu", offload_dir=folder / "off",
-                             force_hooks=True), model)
+    case.same(
+        dispatch_model(
+            copy.deepcopy(model), device_map, main_device="cpu", offload_dir=folder / "off", force_hooks=True
+        ),
+        model,
+    )
 
 
 def prepared_saved_and_resumed(case, folder):

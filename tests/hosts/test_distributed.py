@@ -1,4 +1,5 @@
 """What torch.distributed does with a model: replicas, shards, checkpoints of them; two processes on the CPU."""
+
 import tempfile
 
 import pytest
@@ -38,8 +39,11 @@ def backward(model):
 def check(model, form):
     """Gradients of the processes' halves are those of one process, whatever a parameter's name now begins with."""
     wanted = gradients_of_the_whole(form)
-    got = {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): p.grad
-           for name, p in model.named_parameters() if p.grad is not None}
+    got = {
+        name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     assert got.keys() == wanted.keys()
     for name, gradient in got.items():
         close(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient, wanted[name], 1e-2)
@@ -63,6 +67,7 @@ def replicated_statically(form):
 
 def fully_sharded(form):
     from torch.distributed.fsdp import fully_shard
+
     model = made(form)
     for block in model.blocks:
         fully_shard(block, mesh=mesh())
@@ -73,6 +78,7 @@ def fully_sharded(form):
 
 def the_head_sharded_alone(form):
     from torch.distributed.fsdp import fully_shard
+
     model = made(form)
     fully_shard(heads(model)[0][1], mesh=mesh())
     fully_shard(model, mesh=mesh())
@@ -82,6 +88,7 @@ def the_head_sharded_alone(form):
 
 def every_part_sharded_alone(form):
     from torch.distributed.fsdp import fully_shard
+
     model = made(form)
     for module in reversed(list(model.modules())):
         if next(module.parameters(recurse=False), None) is not None or module is model:
@@ -93,6 +100,7 @@ def every_part_sharded_alone(form):
 def sharded_from_the_meta_device(form):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
+
     whole = made(form)
     with torch.device("meta"):
         model = Case(ARCH, form).make().train()
@@ -110,6 +118,7 @@ def sharded_from_the_meta_device(form):
 def checkpointed_in_shards(form):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.fsdp import fully_shard
+
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     model, other = fully_shard(made(form), mesh=mesh()), Case(ARCH, form).make()
@@ -123,6 +132,7 @@ def checkpointed_in_shards(form):
 
 def sharded_optimizer(form):
     from torch.distributed.optim import ZeroRedundancyOptimizer
+
     model = nn.parallel.DistributedDataParallel(made(form))
     optimizer = ZeroRedundancyOptimizer([p for p in model.parameters() if p.requires_grad], torch.optim.AdamW)
     backward(model)
@@ -133,6 +143,7 @@ def sharded_optimizer(form):
 def head_on_a_mesh(form):
     """Tensor parallelism begins by making every parameter a DTensor, here a copy in each process."""
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+
     model = made(form)
     head = heads(model)[0][1]
     x = torch.randn(4, head.in_features, generator=torch.Generator().manual_seed(3))
@@ -152,6 +163,7 @@ def head_on_a_mesh(form):
 def images_of_a_mesh(form):
     """As above, with images in shards."""
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
     head = heads(made(form))[0][1].eval()
     x = torch.randn(4, head.in_features, generator=torch.Generator().manual_seed(3))
     wanted = head(x)
@@ -163,9 +175,11 @@ def sharded_as_a_wrapper_by_size(form):
 
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
     policy = functools.partial(size_based_auto_wrap_policy, min_num_params=30)
-    model = FullyShardedDataParallel(made(form), auto_wrap_policy=policy, device_id=torch.device("cpu"),
-                                     use_orig_params=True)
+    model = FullyShardedDataParallel(
+        made(form), auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+    )
     backward(model)
     assert torch.isfinite(model(images()[0])).all()
 
@@ -175,6 +189,7 @@ def losses_on_a_sharded_head(form):
     from torch.distributed.fsdp import fully_shard
 
     from timm_faim import FAIMInfoNCELoss, FAIMMarginLoss
+
     if form is None:
         return
     whole, sharded = heads(made(form))[0][1], heads(made(form))[0][1]
@@ -188,14 +203,26 @@ def losses_on_a_sharded_head(form):
             close(b.grad.full_tensor(), a.grad, 1e-2)
 
 
-HABITS = (replicated, replicated_statically, fully_sharded, the_head_sharded_alone, every_part_sharded_alone,
-          sharded_from_the_meta_device, checkpointed_in_shards, sharded_optimizer, head_on_a_mesh, images_of_a_mesh,
-          sharded_as_a_wrapper_by_size, losses_on_a_sharded_head)
+HABITS = (
+    replicated,
+    replicated_statically,
+    fully_sharded,
+    the_head_sharded_alone,
+    every_part_sharded_alone,
+    sharded_from_the_meta_device,
+    checkpointed_in_shards,
+    sharded_optimizer,
+    head_on_a_mesh,
+    images_of_a_mesh,
+    sharded_as_a_wrapper_by_size,
+    losses_on_a_sharded_head,
+)
 
 
 def outcomes(form, folder):
     """Every habit in one group of processes, which is what takes time; a line for each that fails."""
     import traceback
+
     lines = []
     for habit in HABITS:
         try:

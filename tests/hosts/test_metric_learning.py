@@ -1,4 +1,5 @@
 """What pytorch-metric-learning does with a distance, with heads and metrics under it."""
+
 import copy
 import pickle
 
@@ -21,8 +22,10 @@ DISTANCES = {
     "theirs": lambda: LpDistance(normalize_embeddings=False),
     "owned": lambda: FAIMDistance(in_features=D),
     "metric": lambda: FAIMDistance(FAIMMetric(D, True, False)),
-} | {form: lambda form=form: FAIMDistance(FAIMHead(D, 5, **of_heads(resolve_faim_cfg(FORMS[form]))))
-     for form in ("default", "founding", "randers")}
+} | {
+    form: lambda form=form: FAIMDistance(FAIMHead(D, 5, **of_heads(resolve_faim_cfg(FORMS[form]))))
+    for form in ("default", "founding", "randers")
+}
 
 
 def points(count=12, dtype=torch.float32):
@@ -47,8 +50,15 @@ def under_autocast(distance):
 def in_losses(distance):
     x, labels = points()
     x.requires_grad_()
-    for loss in (losses.TripletMarginLoss, losses.ContrastiveLoss, losses.NTXentLoss, losses.MultiSimilarityLoss,
-                 losses.MarginLoss, losses.SupConLoss, losses.LiftedStructureLoss):
+    for loss in (
+        losses.TripletMarginLoss,
+        losses.ContrastiveLoss,
+        losses.NTXentLoss,
+        losses.MultiSimilarityLoss,
+        losses.MarginLoss,
+        losses.SupConLoss,
+        losses.LiftedStructureLoss,
+    ):
         try:
             value = loss(distance=distance)(x, labels)
         except AssertionError:  # of a loss that asks for another distance by name
@@ -99,8 +109,9 @@ def moved(distance):
 
 def of_matches(distance):
     x, _ = points()
-    finder = InferenceModel(nn.Identity(), match_finder=MatchFinder(distance=distance, threshold=1e3),
-                            knn_func=CustomKNN(distance))
+    finder = InferenceModel(
+        nn.Identity(), match_finder=MatchFinder(distance=distance, threshold=1e3), knn_func=CustomKNN(distance)
+    )
     assert finder.is_match(x[:3], x[:3]).all()
     distances, indices = CustomKNN(distance)(x[:4], 2, x, False)
     assert torch.isfinite(distances).all() and (indices[:, 0] == torch.arange(4)).all()
@@ -118,21 +129,36 @@ def in_a_trainer(distance):
     models = {"trunk": trunk, "embedder": nn.Linear(D, D)}
     optimizers = {"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.01)}
     loss = {"metric_loss": losses.ContrastiveLoss(distance=distance)}
-    trainers.MetricLossOnly(models, optimizers, 12, loss, TensorDataset(x, labels), dataloader_num_workers=0,
-                            iterations_per_epoch=2, data_device="cpu").train(num_epochs=1)
+    trainers.MetricLossOnly(
+        models,
+        optimizers,
+        12,
+        loss,
+        TensorDataset(x, labels),
+        dataloader_num_workers=0,
+        iterations_per_epoch=2,
+        data_device="cpu",
+    ).train(num_epochs=1)
     tester = testers.GlobalEmbeddingSpaceTester(
-        dataloader_num_workers=0, data_device="cpu", accuracy_calculator=calculator(distance))
+        dataloader_num_workers=0, data_device="cpu", accuracy_calculator=calculator(distance)
+    )
     assert tester.test({"val": TensorDataset(x, labels)}, 0, trunk, models["embedder"])["val"]
 
 
 def calculator(distance):
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
     return AccuracyCalculator(include=("precision_at_1",), knn_func=CustomKNN(distance), device=torch.device("cpu"))
 
 
-HABITS = [value for value in list(globals().values()) if getattr(value, "__module__", "") == __name__
-          and getattr(value, "__code__", None) and value.__code__.co_varnames[:1] == ("distance",)
-          and value is not calculator]
+HABITS = [
+    value
+    for value in list(globals().values())
+    if getattr(value, "__module__", "") == __name__
+    and getattr(value, "__code__", None)
+    and value.__code__.co_varnames[:1] == ("distance",)
+    and value is not calculator
+]
 
 
 @pytest.mark.filterwarnings("ignore")

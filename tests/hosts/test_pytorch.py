@@ -1,4 +1,5 @@
 """What people do with any PyTorch model."""
+
 import copy
 import io
 import pickle
@@ -43,6 +44,7 @@ def safetensors_of_a_model(case):
     import tempfile
 
     from safetensors.torch import load_model, save_model
+
     model, other = case.make(), case.make()
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         save_model(model, file.name)
@@ -97,8 +99,16 @@ def meta_then_reset_module_by_module(case):
 
 def head_like(head):
     from timm_faim import FAIMHead
-    return FAIMHead(head.in_features, head.num_classes, space=head.space, full_sigma=head.full_sigma, init=head.init,
-                    lambda_init=head.metric.lambda_init, symmetric=head.metric.symmetric)
+
+    return FAIMHead(
+        head.in_features,
+        head.num_classes,
+        space=head.space,
+        full_sigma=head.full_sigma,
+        init=head.init,
+        lambda_init=head.metric.lambda_init,
+        symmetric=head.metric.symmetric,
+    )
 
 
 def bfloat16(case):
@@ -121,6 +131,7 @@ def autocast(case):
     def forward(x):
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
+
     step(model, case.x(), forward)
 
 
@@ -183,6 +194,7 @@ def lend(module, own, buffers):
     def give(*_):
         module._parameters.update(own)
         module._buffers.update(buffers)
+
     module.register_forward_pre_hook(give)
     module.register_forward_hook(lambda *_: take())
     take()
@@ -226,6 +238,7 @@ def shared_memory(case):
 
 def pruned(case):
     from torch.nn.utils import prune
+
     model = case.make()
     for module in model.modules():
         for name in ("weight", "mu"):
@@ -236,6 +249,7 @@ def pruned(case):
 
 def as_one_vector(case):
     from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
     model = case.make()
     wanted = model(case.x())
     vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
@@ -244,6 +258,7 @@ def as_one_vector(case):
 
 def counted_operations(case):
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         case.make()(case.x())
     assert counter.get_total_flops() > 0

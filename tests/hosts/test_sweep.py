@@ -1,4 +1,5 @@
 """The habits that reach into a head, on one architecture of each model file of timm; by hand: ``pytest --slow``."""
+
 import pytest
 import test_accelerate
 import test_pytorch
@@ -8,14 +9,18 @@ import test_transforms
 from habits import Case, parity
 from test_architectures import SMALL
 
-HABITS = [getattr(module, name) for module, names in {
-    test_timm: "reset_to_other_classes graph_extractor",
-    test_pytorch: "state_dict_by_file pickled empty_then_loaded meta_assigned_then_moved replicas "
-                  "parameters_of_each_module_only_in_its_forward",
-    test_transforms: "called_with_parameters torchvision_extractor",
-    test_accelerate: "offloaded_to_memory empty_then_loaded_to_disk",
-    test_transformers: "opened opened_with_other_labels",
-}.items() for name in names.split()]
+HABITS = [
+    getattr(module, name)
+    for module, names in {
+        test_timm: "reset_to_other_classes graph_extractor",
+        test_pytorch: "state_dict_by_file pickled empty_then_loaded meta_assigned_then_moved replicas "
+        "parameters_of_each_module_only_in_its_forward",
+        test_transforms: "called_with_parameters torchvision_extractor",
+        test_accelerate: "offloaded_to_memory empty_then_loaded_to_disk",
+        test_transformers: "opened opened_with_other_labels",
+    }.items()
+    for name in names.split()
+]
 
 
 @pytest.mark.slow

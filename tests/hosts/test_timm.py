@@ -1,4 +1,5 @@
 """What timm's own helpers do with a timm model."""
+
 import pytest
 import timm
 import torch
@@ -43,6 +44,7 @@ def features_of_a_saved_model(case):
     from tempfile import TemporaryDirectory
 
     from timm.models import save_for_hf
+
     model = case.make()
     with TemporaryDirectory() as folder:
         save_for_hf(model, folder)
@@ -185,6 +187,7 @@ def reparameterizing(case):
 def training_task(case):
     model = case.make().train()
     from timm.task import ClassificationTask
+
     ClassificationTask(model, criterion=nn.CrossEntropyLoss())(case.x(), torch.tensor([0, 1]))["loss"].backward()
 
 

@@ -1,4 +1,5 @@
 """What transformers does with a folder that timm's ``save_for_hf`` has written."""
+
 import copy
 import json
 
@@ -40,8 +41,11 @@ def written(model, path):
 
 def fits(case, model):
     """The numbers are those of a fresh or a trained model, not of memory that nobody has filled."""
-    assert all(torch.isfinite(t).all() and t.abs().max() < 1e3 for t in (*model.parameters(), *model.buffers())
-               if t.is_floating_point())
+    assert all(
+        torch.isfinite(t).all() and t.abs().max() < 1e3
+        for t in (*model.parameters(), *model.buffers())
+        if t.is_floating_point()
+    )
     step(model, case.x(), lambda x: model(x).logits)
 
 
@@ -126,9 +130,13 @@ def copied(case, folder):
 
 def piped(case, folder):
     from PIL import Image
+
     _, path = saved(case, folder)
-    pipe = pipeline("image-classification", model=AutoModelForImageClassification.from_pretrained(path),
-                    image_processor=AutoImageProcessor.from_pretrained(path))
+    pipe = pipeline(
+        "image-classification",
+        model=AutoModelForImageClassification.from_pretrained(path),
+        image_processor=AutoImageProcessor.from_pretrained(path),
+    )
     assert len(pipe(Image.new("RGB", (40, 40)), top_k=CLASSES)) == CLASSES
 
 
@@ -136,8 +144,16 @@ def trained(case, folder):
     _, path = saved(case, folder)
     model = AutoModelForImageClassification.from_pretrained(path, num_labels=3, ignore_mismatched_sizes=True)
     data = [{"pixel_values": x, "labels": i % 3} for i, x in enumerate(case.x(4))]
-    options = TrainingArguments(folder / "run", max_steps=2, per_device_train_batch_size=2, use_cpu=True,
-                                report_to=[], save_strategy="steps", save_steps=1, disable_tqdm=True)
+    options = TrainingArguments(
+        folder / "run",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=1,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model, options, train_dataset=data)
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))
     trainer.train(resume_from_checkpoint=True)

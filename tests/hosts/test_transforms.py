@@ -1,4 +1,5 @@
 """What PyTorch's compilers, tracers and function transforms do with a model."""
+
 import copy
 import io
 
@@ -57,6 +58,7 @@ def loss_of(model):
 
     def loss(parameters, x):
         return functional_call(model, (parameters, buffers), (x,)).square().mean()
+
     return loss
 
 

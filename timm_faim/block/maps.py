@@ -15,7 +15,6 @@ differ by at most (1 + 3 λ |β̂|) sqrt(δ).
 Shapes: D features, any other dimensions.
 """
 
-
 import torch
 from torch import Tensor
 

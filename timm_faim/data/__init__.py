@@ -1,4 +1,5 @@
 """Bundled data: 242 Omniglot characters of 8 alphabets, 10 training and 10 validation drawings each."""
+
 import os
 import shutil
 import tarfile

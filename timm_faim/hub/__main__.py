@@ -8,6 +8,7 @@
 
 The token comes from `hf auth login` or HF_TOKEN; it is no option, so that it stands in no history of commands.
 """
+
 import argparse
 import sys
 import tempfile
@@ -76,15 +77,30 @@ def run(argv: Sequence[str]) -> int:
 
 def _push(args: argparse.Namespace) -> int:
     check_repo_id(args.repo)
-    release = Release(args.repo, args.license, args.dataset, args.dataset_name, args.base_model,
-                      _descriptions(args.label_descriptions))
+    release = Release(
+        args.repo,
+        args.license,
+        args.dataset,
+        args.dataset_name,
+        args.base_model,
+        _descriptions(args.label_descriptions),
+    )
     if args.dry_run is not None:
         build_package(args.run, args.dry_run, release)
-        print(f"nothing is uploaded; {args.dry_run} holds what would be: "
-              f"{', '.join(sorted(path.name for path in args.dry_run.iterdir()))}")
+        print(
+            f"nothing is uploaded; {args.dry_run} holds what would be: "
+            f"{', '.join(sorted(path.name for path in args.dry_run.iterdir()))}"
+        )
         return 0
-    url, commit = publish(args.run, release, private=args.private, branch=args.branch, tag=args.tag,
-                          create_pr=args.create_pr, message=args.message)
+    url, commit = publish(
+        args.run,
+        release,
+        private=args.private,
+        branch=args.branch,
+        tag=args.tag,
+        create_pr=args.create_pr,
+        message=args.message,
+    )
     print(f"published: {url}")
     print(f"load it: import timm, timm_faim; model = timm.create_model('hf-hub:{args.repo}@{commit}', pretrained=True)")
     return 0

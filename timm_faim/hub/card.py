@@ -1,4 +1,5 @@
 """The model card: what a visitor of the repository reads, and the metadata that the Hub reads."""
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,13 @@ from timm_faim.version import __version__
 CARD = "README.md"
 _SHOWN_ROWS = 12  # of the training table
 # Metric of summary.csv and eval.json: name for people, per cent.
-_METRICS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "mean_class_top1": "mean per-class accuracy",
-            "ece": "expected calibration error", "map": "mean average precision"}
+_METRICS = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_class_top1": "mean per-class accuracy",
+    "ece": "expected calibration error",
+    "map": "mean average precision",
+}
 _ACCURACIES = ("top1", "top5")
 
 
@@ -45,17 +51,29 @@ def write_card(folder: Path, facts: Facts) -> None:
 def _data(facts: Facts) -> ModelCardData:
     name = facts.repo_id.split("/")[-1]
     results = [
-        EvalResult(task_type="image-classification", task_name="Image classification",
-                   dataset_type=facts.datasets[0] if facts.datasets else "imagefolder",
-                   dataset_name=facts.dataset_name, dataset_split="validation", metric_type="accuracy",
-                   metric_name=_METRICS[key], metric_value=round(facts.metrics[key] / 100, 6))
-        for key in _ACCURACIES if key in facts.metrics
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=facts.datasets[0] if facts.datasets else "imagefolder",
+            dataset_name=facts.dataset_name,
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=_METRICS[key],
+            metric_value=round(facts.metrics[key] / 100, 6),
+        )
+        for key in _ACCURACIES
+        if key in facts.metrics
     ]
     return ModelCardData(
-        library_name="timm", pipeline_tag="image-classification", license=facts.license,
-        tags=["image-classification", "timm", "faim", "timm_faim", "transformers"], base_model=facts.base_model,
-        datasets=facts.datasets or None, metrics=["accuracy"] if results else None,
-        model_name=name if results else None, eval_results=results or None,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=facts.license,
+        tags=["image-classification", "timm", "faim", "timm_faim", "transformers"],
+        base_model=facts.base_model,
+        datasets=facts.datasets or None,
+        metrics=["accuracy"] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
 
 
@@ -76,11 +94,20 @@ def _text(facts: Facts) -> str:
         f"A [timm](https://github.com/huggingface/pytorch-image-models) model, `{architecture}`, with a FAIM head: one "
         f"prototype per class, logits = −γ times the Finsler distance to it. Trained on: {dataset} "
         f"({facts.config['num_classes']} classes).",
-        _table(["", ""], [
-            ["parameters", f"{facts.parameters / 1e6:.2f} M"], ["input", size],
-            *[["FAIM head" + (f" `{name}`" if len(facts.head) > 1 else ""), text] for name, text in facts.head.items()],
-            *([["began from", base]] if base else []),
-            ["licence of the weights", facts.license or "none given"], ["made with", f"timm_faim {__version__}"]]),
+        _table(
+            ["", ""],
+            [
+                ["parameters", f"{facts.parameters / 1e6:.2f} M"],
+                ["input", size],
+                *[
+                    ["FAIM head" + (f" `{name}`" if len(facts.head) > 1 else ""), text]
+                    for name, text in facts.head.items()
+                ],
+                *([["began from", base]] if base else []),
+                ["licence of the weights", facts.license or "none given"],
+                ["made with", f"timm_faim {__version__}"],
+            ],
+        ),
         "## Load it",
         "The `faim_` architectures come with timm_faim (`pip install timm-faim`), which must be imported first.",
         f"```python\nimport timm\nimport timm_faim  # registers the faim_ architectures\n\n"
@@ -103,14 +130,18 @@ def _text(facts: Facts) -> str:
             sections.append("![Loss, accuracy and learning rate over the epochs](learning_curve.png)")
         sections.append(_training_table(facts.rows))
         if "train_args.yaml" in facts.files:
-            sections.append("All options are in [train_args.yaml](train_args.yaml), every epoch in "
-                            "[summary.csv](summary.csv).")
+            sections.append(
+                "All options are in [train_args.yaml](train_args.yaml), every epoch in [summary.csv](summary.csv)."
+            )
     return "\n\n".join(sections) + "\n"
 
 
 def _training_table(rows: Sequence[Mapping[str, str]]) -> str:
-    columns = [key for key in ("train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5",
-                               "train_lambda", "train_gamma") if any(row.get(key) for row in rows)]
+    columns = [
+        key
+        for key in ("train_loss", "train_top1", "eval_loss", "eval_top1", "eval_top5", "train_lambda", "train_gamma")
+        if any(row.get(key) for row in rows)
+    ]
     step = max(1, -(-len(rows) // _SHOWN_ROWS))
     shown = [row for n, row in enumerate(rows) if (len(rows) - 1 - n) % step == 0]
     titles = ["epoch", *(key.replace("_", " ") for key in columns)]

@@ -1,4 +1,5 @@
 """Entries of hub_configs/: made from a run, verified against the Hub, filled in once published."""
+
 import re
 import tempfile
 from dataclasses import dataclass
@@ -55,8 +56,15 @@ def write_entry(run: Path, folder: Path, tag: str, *, license: str, dataset: dic
     labels, cfg = config.get("label_names"), config["pretrained_cfg"]
     metrics = read_evaluation(run / "eval" / EVALUATION)["metrics"]
     content = {
-        "architecture": config["architecture"], "tag": tag, "repo_id": None, "revision": None, "sha256": None,
-        "num_classes": config["num_classes"], "license": license, "dataset": dataset, "recipe": recipe or None,
+        "architecture": config["architecture"],
+        "tag": tag,
+        "repo_id": None,
+        "revision": None,
+        "sha256": None,
+        "num_classes": config["num_classes"],
+        "license": license,
+        "dataset": dataset,
+        "recipe": recipe or None,
         "metrics": {key: round(metrics[key], 4) for key in ("top1", "top5") if key in metrics},
         "model_args": config["model_args"],
         "pretrained_cfg": {key: cfg[key] for key in INPUT_KEYS if key in cfg},
@@ -101,15 +109,21 @@ def check_entry(path: Path, offline: bool = False) -> Verdict:
         near = nearest(entry.architecture, timm.list_models("faim_*"))
         return Verdict(entry.name, "form", f"timm_faim has no {entry.architecture}" + (f"; {near}?" if near else ""))
     try:
-        check_config({"architecture": entry.architecture, "num_classes": entry.num_classes,
-                      "model_args": entry.model_args,
-                      "pretrained_cfg": {**entry.pretrained_cfg, "num_classes": entry.num_classes}})
+        check_config(
+            {
+                "architecture": entry.architecture,
+                "num_classes": entry.num_classes,
+                "model_args": entry.model_args,
+                "pretrained_cfg": {**entry.pretrained_cfg, "num_classes": entry.num_classes},
+            }
+        )
     except (ValueError, TypeError) as e:
         return Verdict(entry.name, "form", str(e).replace("config.json", path.name))
     try:
         with torch.device("meta"):  # neither memory nor time
-            timm.create_model(entry.architecture, pretrained_cfg=entry.cfg(), num_classes=entry.num_classes,
-                              **entry.model_args)
+            timm.create_model(
+                entry.architecture, pretrained_cfg=entry.cfg(), num_classes=entry.num_classes, **entry.model_args
+            )
     except Exception as e:  # a wrong argument fails in as many ways as there are models
         return Verdict(entry.name, "form", f"model_args do not build {entry.architecture}: {one_line(e)}")
     if not entry.revision:
@@ -134,8 +148,11 @@ def _other_logits(found: list[float], entry: Entry) -> str:
     if len(found) != len(recorded):
         return f"the probe has {len(found)} logits, recorded are {len(recorded)}"
     off = max(abs(a - b) for a, b in zip(found, recorded, strict=True)) / max(1.0, *map(abs, recorded))
-    return "" if off <= TOLERANCE else (
-        f"the probe's logits differ by {off:.2g} of their size: {found}, recorded {recorded}")
+    return (
+        ""
+        if off <= TOLERANCE
+        else (f"the probe's logits differ by {off:.2g} of their size: {found}, recorded {recorded}")
+    )
 
 
 def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None = None) -> Entry:
@@ -149,14 +166,24 @@ def publish_entry(entry: Entry, run: Path, work: Path, *, private: bool | None =
     """
     path, config = entry.path, read_config(run)
     if config["architecture"] != entry.architecture or config["num_classes"] != entry.num_classes:
-        raise UserError(f"{run / CONFIG} is a {config['architecture']} of {config['num_classes']} classes, {path} says "
-                        f"{entry.architecture} of {entry.num_classes}")
-    model = build_package(run, work, Release(
-        entry.repo_id, entry.license, datasets=[entry.dataset["id"]] if entry.dataset.get("id") else [],
-        dataset_name=entry.dataset.get("name", "")))
+        raise UserError(
+            f"{run / CONFIG} is a {config['architecture']} of {config['num_classes']} classes, {path} says "
+            f"{entry.architecture} of {entry.num_classes}"
+        )
+    model = build_package(
+        run,
+        work,
+        Release(
+            entry.repo_id,
+            entry.license,
+            datasets=[entry.dataset["id"]] if entry.dataset.get("id") else [],
+            dataset_name=entry.dataset.get("name", ""),
+        ),
+    )
     if problem := _other_logits(probe_logits(model), entry):
-        raise UserError(f"the weights in {run} are not those that {path} was written from: {problem}. Write the entry "
-                        "anew")
+        raise UserError(
+            f"the weights in {run} are not those that {path} was written from: {problem}. Write the entry anew"
+        )
     _, commit = push(work, entry.repo_id, private=private)
     _fill_in(path, {"revision": commit, "sha256": sha256(work / TIMM_NAME)})
     return read_entry(path)

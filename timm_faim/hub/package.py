@@ -3,6 +3,7 @@
 It is built whole in a folder of its own, from a run of train_faim.py or any folder with config.json and
 model.safetensors, and opened with timm before anything is uploaded.
 """
+
 import json
 import shutil
 import tempfile
@@ -103,8 +104,9 @@ def build_package(run: Path, folder: Path, release: Release) -> nn.Module:
 
 def _build(run: Path, folder: Path, release: Release) -> nn.Module:
     config = public_config(read_config(run))
-    config["pretrained_cfg"] |= {key: value for key, value in (("license", release.license), ("tag", release.tag))
-                                 if value}
+    config["pretrained_cfg"] |= {
+        key: value for key, value in (("license", release.license), ("tag", release.tag)) if value
+    }
     if release.label_descriptions:
         config["label_descriptions"] = dict(release.label_descriptions)
 
@@ -125,11 +127,23 @@ def _build(run: Path, folder: Path, release: Release) -> nn.Module:
     heads = faim_heads(model)
     _picture(run, folder / PICTURE, heads, rows)
     base_model, base_license = (release.base_model, None) if release.base_model else _base_model(args)
-    write_card(folder, Facts(
-        repo_id=release.repo_id, license=release.license, datasets=list(release.datasets),
-        dataset_name=release.dataset_name or _dataset_of(args), base_model=base_model, base_license=base_license,
-        config=config, rows=rows, metrics=evaluation["metrics"] or _best_metrics(rows), head=_head_facts(heads),
-        parameters=sum(p.numel() for p in model.parameters()), files=sorted(p.name for p in folder.iterdir())))
+    write_card(
+        folder,
+        Facts(
+            repo_id=release.repo_id,
+            license=release.license,
+            datasets=list(release.datasets),
+            dataset_name=release.dataset_name or _dataset_of(args),
+            base_model=base_model,
+            base_license=base_license,
+            config=config,
+            rows=rows,
+            metrics=evaluation["metrics"] or _best_metrics(rows),
+            head=_head_facts(heads),
+            parameters=sum(p.numel() for p in model.parameters()),
+            files=sorted(p.name for p in folder.iterdir()),
+        ),
+    )
     return model
 
 
@@ -254,6 +268,8 @@ def _head_facts(heads: Mapping[str, Any]) -> dict[str, str]:
     """λ, γ and the form of Σ of each head."""
     facts = {}
     for name, head in heads.items():
-        facts[name] = (f"{head.num_classes} prototypes of {head.in_features} features, {head.kind}, "
-                       f"λ = {float(head.metric.lmbda.detach().abs()):.4g}, γ = {float(head.gamma().detach()):.4g}")
+        facts[name] = (
+            f"{head.num_classes} prototypes of {head.in_features} features, {head.kind}, "
+            f"λ = {float(head.metric.lmbda.detach().abs()):.4g}, γ = {float(head.gamma().detach()):.4g}"
+        )
     return facts

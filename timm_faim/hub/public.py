@@ -3,6 +3,7 @@
 Keys are published where they are known, numbers where they are finite, words where they are names: without a slash and
 short, so that none of them is a place, a formula or markup.
 """
+
 import argparse
 import re
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,32 @@ from timm_faim.training.flags import build_parser
 
 # Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
 # options with choices are public too; anything else is not published.
-_WORDS = ("model", "opt", "aa", "gp", "interpolation", "train_interpolation", "input_img_mode", "torchcompile",
-          "eval_metric", "kd_model_name", "train_split", "val_split", "dataset")
+_WORDS = (
+    "model",
+    "opt",
+    "aa",
+    "gp",
+    "interpolation",
+    "train_interpolation",
+    "input_img_mode",
+    "torchcompile",
+    "eval_metric",
+    "kd_model_name",
+    "train_split",
+    "val_split",
+    "dataset",
+)
 _GROUPS = ("faim_cfg", "opt_kwargs", "model_kwargs", "contrastive", "freeze")
 _CONFIG = ("architecture", "num_classes", "num_features", "global_pool")  # of config.json
-_PRETRAINED = ("architecture", "num_classes", "test_input_size", "min_input_size", "test_crop_pct", "test_pool_size",
-               *INPUT_KEYS)
+_PRETRAINED = (
+    "architecture",
+    "num_classes",
+    "test_input_size",
+    "min_input_size",
+    "test_crop_pct",
+    "test_pool_size",
+    *INPUT_KEYS,
+)
 _WORD = re.compile(r"(?:[\w*+:-][\w.*:+-]*)?")  # a name; with a slash it may be a relative path
 _ELSEWHERE = ("local-dir:", "file:")
 _DEEPEST = 8
@@ -31,8 +52,12 @@ _COLUMN = re.compile(r"(?:epoch|lr|train|eval)(?:_\w[\w.]{0,99})?")  # of summar
 
 def is_name(value: Any) -> bool:
     """Whether a value is a word that names something and is no place."""
-    return isinstance(value, str) and _WORD.fullmatch(value) is not None and len(value) <= 100 \
+    return (
+        isinstance(value, str)
+        and _WORD.fullmatch(value) is not None
+        and len(value) <= 100
         and not value.startswith((".", *_ELSEWHERE))
+    )
 
 
 def public_part(value: Any, depth: int = 0) -> Any:
@@ -60,8 +85,9 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments.pop("num_classes", None)  # transformers' wrapper of timm passes its own
     for key, value in arguments.items():
         if {key: value} != public_part({key: value}):
-            raise UserError(f"config.json: model_args may hold names and numbers, got {key!r}: {value!r}. Save the "
-                            "model without it")
+            raise UserError(
+                f"config.json: model_args may hold names and numbers, got {key!r}: {value!r}. Save the model without it"
+            )
     labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
     cfg = _known(config["pretrained_cfg"], _PRETRAINED) | {"custom_load": False}
     return _known(config, _CONFIG) | labels | {"model_args": arguments, "pretrained_cfg": cfg}
@@ -74,8 +100,11 @@ def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 def public_options(args: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's options the numbers and switches, and the words that are one of a few choices or names."""
     actions = {action.dest: action for action in build_parser()._actions}
-    return {key: public_part(value) for key, value in args.items()
-            if key in actions and _is_public_option(actions[key], value)}
+    return {
+        key: public_part(value)
+        for key, value in args.items()
+        if key in actions and _is_public_option(actions[key], value)
+    }
 
 
 def _is_public_option(action: argparse.Action, value: Any) -> bool:
@@ -101,15 +130,20 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {e}. Evaluate the run again with --eval-only") from e
     versions, classes = facts.get("versions"), facts.get("num_classes")
     versions = versions if isinstance(versions, dict) else {}
-    return {"metrics": {key: value for key, value in metrics.items() if is_name(key) and is_number(value)},
-            **({"num_classes": classes} if is_number(classes) else {}),
-            "versions": {key: value for key, value in versions.items() if is_name(key) and is_name(value)}}
+    return {
+        "metrics": {key: value for key, value in metrics.items() if is_name(key) and is_number(value)},
+        **({"num_classes": classes} if is_number(classes) else {}),
+        "versions": {key: value for key, value in versions.items() if is_name(key) and is_name(value)},
+    }
 
 
 def public_rows(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Rows of summary.csv with known columns; cells that are no finite number are empty."""
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row)
-               if isinstance(key, str) and _COLUMN.fullmatch(key)]
+    columns = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if isinstance(key, str) and _COLUMN.fullmatch(key)
+    ]
     return [{key: _cell((row.get(key) or "").strip()) for key in columns} for row in rows]
 
 

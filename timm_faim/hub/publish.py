@@ -1,4 +1,5 @@
 """Publish a run: build the folder, then one commit."""
+
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,4 +30,3 @@ def publish_run(run: Path, repo_id: str, license: str | None, private: bool, log
         again = f"python -m timm_faim.hub push {run} --repo {repo_id}"
         raise RankError(f"the run in {run} is complete, but not published: {e}. Later: {again}") from e
     log(f"published: {url}")
-

@@ -1,4 +1,5 @@
 """One commit to the Hub, and every way it can fail as one line that says what to do."""
+
 import os
 import time
 from pathlib import Path
@@ -48,8 +49,14 @@ def check_token() -> None:
 
 
 def push(
-        folder: Path, repo_id: str, *, private: bool | None = None, branch: str | None = None, tag: str | None = None,
-        create_pr: bool = False, message: str = "Add FAIM model",
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    message: str = "Add FAIM model",
 ) -> tuple[str, str]:
     """Publish a folder of `build_package` as one commit.
 
@@ -94,12 +101,13 @@ def push(
     return str(commit.pr_url if create_pr else commit.commit_url), commit.oid
 
 
-def _commit(
-        api: HfApi, repo_id: str, folder: Path, message: str, branch: str | None, create_pr: bool,
-) -> Any:
+def _commit(api: HfApi, repo_id: str, folder: Path, message: str, branch: str | None, create_pr: bool) -> Any:
     for left in reversed(range(TRIES)):
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
-                      for name in FILES if (folder / name).is_file()]
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
+            for name in FILES
+            if (folder / name).is_file()
+        ]
         try:
             return api.create_commit(repo_id, operations, commit_message=message, revision=branch, create_pr=create_pr)
         except HfHubHTTPError as e:

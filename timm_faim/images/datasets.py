@@ -1,4 +1,5 @@
 """Datasets: opened by timm, with the checks that must come before the first step."""
+
 import argparse
 import os
 import stat
@@ -88,8 +89,10 @@ class CheckedImages(Dataset):
             if not self.skip:
                 reason = "not an image" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())
                 reason = reason or type(e).__name__
-                raise RankError(f"cannot read image {self._name(index)} ({reason}). Repair or remove the file, or go "
-                                "on without such images with --skip-unreadable") from e
+                raise RankError(
+                    f"cannot read image {self._name(index)} ({reason}). Repair or remove the file, or go "
+                    "on without such images with --skip-unreadable"
+                ) from e
             self.unreadable[index] = True
             return None, UNREADABLE
 
@@ -121,8 +124,11 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     """
     train = None if args.eval_only else open_split(args, True, in_chans)
     val = open_split(args, False, in_chans) if args.val_split else None
-    splits = [(reader_of(dataset), split) for dataset, split in ((train, args.train_split), (val, args.val_split))
-              if dataset is not None]
+    splits = [
+        (reader_of(dataset), split)
+        for dataset, split in ((train, args.train_split), (val, args.val_split))
+        if dataset is not None
+    ]
     for reader, split in splits:
         check_no_strays(reader, split)
     if train is not None and val is not None:
@@ -135,15 +141,19 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> TrainingData:
     classes, val_classes = _class_to_idx(train or val), _class_to_idx(val)
     if classes and val_classes and classes != val_classes:
         differ = sorted(str(name) for name in classes.keys() ^ val_classes.keys()) or ["the order of the classes"]
-        raise UserError(f"training and validation data have different classes ({len(classes)} and {len(val_classes)}; "
-                        f"in one of them only: {few(differ)}). "
-                        "Give both the same class folders, or list the classes in a file with --class-map")
+        raise UserError(
+            f"training and validation data have different classes ({len(classes)} and {len(val_classes)}; "
+            f"in one of them only: {few(differ)}). "
+            "Give both the same class folders, or list the classes in a file with --class-map"
+        )
     highest = max(classes.values()) if classes else None
     if args.num_classes is None and highest is None:
         raise UserError(f"the number of classes of --dataset {args.dataset} is not known: give --num-classes")
     if args.num_classes is not None and highest is not None and highest >= args.num_classes:
-        raise UserError(f"the data have labels up to {highest}, outside the {args.num_classes} classes of "
-                        f"--num-classes {args.num_classes}. Give at least --num-classes {highest + 1}")
+        raise UserError(
+            f"the data have labels up to {highest}, outside the {args.num_classes} classes of "
+            f"--num-classes {args.num_classes}. Give at least --num-classes {highest + 1}"
+        )
     num_classes = highest + 1 if args.num_classes is None else args.num_classes
     for dataset in filter(None, (train, val)):
         set_targets(args, dataset, num_classes)
@@ -178,21 +188,34 @@ def open_split(args: argparse.Namespace, is_training: bool, in_chans: int, in_or
     _check_name(args)
     mode = args.input_img_mode or ("L" if in_chans == 1 else "RGB")
     as_stored = dataset_type(args.dataset) in ("hfids", "wds")  # these readers would convert, with clipping
-    from_fields = {key: value for key, value in (
-        ("input_key", args.input_key), ("target_key", args.target_key),
-        ("target_format", args.target_format if args.multi_label else None),
-    ) if value is not None}
+    from_fields = {
+        key: value
+        for key, value in (
+            ("input_key", args.input_key),
+            ("target_key", args.target_key),
+            ("target_format", args.target_format if args.multi_label else None),
+        )
+        if value is not None
+    }
     try:
         if name == OMNIGLOT242:
             name, root = "", str(omniglot242_root())
         elif dataset_type(args.dataset) == "" and not Path(root or "").exists():
             raise UserError(f"--data-dir {root} does not exist. Give a folder with train/ and val/ in it")
         dataset = create_dataset(
-            name, root=root, split=split, is_training=is_training and not in_order, class_map=args.class_map,
-            download=args.dataset_download, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats,
+            name,
+            root=root,
+            split=split,
+            is_training=is_training and not in_order,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            repeats=args.epoch_repeats,
             input_img_mode="" if as_stored else mode,
             num_samples=args.train_num_samples if is_training else args.val_num_samples,
-            trust_remote_code=args.dataset_trust_remote_code, **from_fields,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **from_fields,
         )
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, OSError, ImportError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
@@ -228,8 +251,10 @@ def _check_name(args: argparse.Namespace) -> None:
     if name.lower() in {f"torch/{folder}" for folder in FOLDER_NAMES}:
         raise UserError(f"--dataset {name}: image folders are read by timm. Leave --dataset out")
     if kind and kind not in PACKAGES:
-        raise UserError(f"unknown type of --dataset {name}.{did_you_mean(kind, PACKAGES)} Types are "
-                        f"{'/, '.join(PACKAGES)}/ and, without --dataset, an image folder")
+        raise UserError(
+            f"unknown type of --dataset {name}.{did_you_mean(kind, PACKAGES)} Types are "
+            f"{'/, '.join(PACKAGES)}/ and, without --dataset, an image folder"
+        )
     package = PACKAGES.get(kind)
     if package and find_spec(package) is None:
         also = " tensorflow" if kind == "tfds" else ""
@@ -244,8 +269,10 @@ def _check_fields(args: argparse.Namespace, reader: Any) -> None:
         reader[0][0].close()
     except (LookupError, TypeError) as e:
         fields = ", ".join(name for name in reader.dataset.column_names if name != args.input_key)
-        raise UserError(f"--dataset {args.dataset}: no image in field {reader.image_key} or no label in field "
-                        f"{reader.label_key}. Choose from {fields} with --input-key and --target-key") from e
+        raise UserError(
+            f"--dataset {args.dataset}: no image in field {reader.image_key} or no label in field "
+            f"{reader.label_key}. Choose from {fields} with --input-key and --target-key"
+        ) from e
 
 
 def _check_splits_differ(args: argparse.Namespace, train: Dataset, val: Dataset) -> None:
@@ -256,8 +283,10 @@ def _check_splits_differ(args: argparse.Namespace, train: Dataset, val: Dataset)
     roots = [Path(reader.root).resolve() for reader in readers]
     overlap = roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])
     if overlap and args.train_split != args.val_split:
-        raise UserError(f"training would read {roots[0]} and validation {roots[1]}: the same images. Make folders "
-                        "train/ and val/ in --data-dir, or name the folders with --train-split and --val-split")
+        raise UserError(
+            f"training would read {roots[0]} and validation {roots[1]}: the same images. Make folders "
+            "train/ and val/ in --data-dir, or name the folders with --train-split and --val-split"
+        )
 
 
 def _check_no_empty_class(args: argparse.Namespace, dataset: Dataset | None) -> None:
@@ -272,14 +301,17 @@ def _check_no_empty_class(args: argparse.Namespace, dataset: Dataset | None) -> 
             if not children and folder not in used and folder != reader.root and listed:
                 empty.append(os.path.relpath(folder, reader.root))
         if empty:
-            raise UserError(f"{len(empty)} class folders of {reader.root} hold no images: {few(sorted(empty))}. "
-                            "Fill or remove them")
+            raise UserError(
+                f"{len(empty)} class folders of {reader.root} hold no images: {few(sorted(empty))}. Fill or remove them"
+            )
     if getattr(dataset, "is_training", False) and isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
         targets = set(targets_of(dataset))
         without = [str(name) for name, index in _class_to_idx(dataset).items() if index not in targets]
         if without:
-            raise UserError(f"{len(without)} classes have no training image: {few(without)}. "
-                            "Take them out of --class-map or add images")
+            raise UserError(
+                f"{len(without)} classes have no training image: {few(without)}. "
+                "Take them out of --class-map or add images"
+            )
 
 
 def targets_of(dataset: Dataset | None) -> list[int] | None:

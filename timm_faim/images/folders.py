@@ -3,6 +3,7 @@
 timm sorts class names from a `set` by a key under which `1` and `01`, or `acer` and `Acer`, are equal: their order then
 depends on the hash seed of the process. Here ties are broken by the plain name.
 """
+
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -38,8 +39,9 @@ def put_in_order(reader: Any, has_class_map: bool) -> None:
     if not is_tar and not isinstance(reader, ReaderImageFolder):
         return
     paths = [sample[0].path if is_tar else sample[0] for sample in reader.samples]
-    order = sorted((i for i, place in enumerate(_places(reader)) if not _is_hidden(place)),
-                   key=lambda i: total_order(paths[i]))
+    order = sorted(
+        (i for i, place in enumerate(_places(reader)) if not _is_hidden(place)), key=lambda i: total_order(paths[i])
+    )
     if not order:
         raise UserError(f"{reader.root} holds hidden images only. Give it one folder of images per class")
     targets = [int(reader.targets[i] if is_tar else reader.samples[i][1]) for i in order]
@@ -64,8 +66,10 @@ def check_no_strays(reader: Any, split: str) -> None:
     stray = [place for place in _places(reader) if len(place.parts) == 1]
     if stray:
         all_of_them = "" if len(stray) < len(reader.samples) else ", and there are no class folders"
-        raise UserError(f"{len(stray)} images of the {split} data lie directly in {reader.root} "
-                        f"({stray[0]}){all_of_them}. Put each class into a folder of its own")
+        raise UserError(
+            f"{len(stray)} images of the {split} data lie directly in {reader.root} "
+            f"({stray[0]}){all_of_them}. Put each class into a folder of its own"
+        )
 
 
 def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> None:
@@ -86,13 +90,17 @@ def check_one_level(reader: Any, split: str, allow_distinct: bool = False) -> No
     shared = sorted(str(folder) for folder in folders if counts[folder.name] > 1)
     nested = sorted(str(folder) for folder in folders if len(folder.parts) > 1)
     if shared:
-        raise UserError(f"the {split} data in {reader.root} have folders of the same name in different places "
-                        f"({few(shared)}), and the innermost folder is the class: they would be one. Give each class "
-                        "one folder of its own name")
+        raise UserError(
+            f"the {split} data in {reader.root} have folders of the same name in different places "
+            f"({few(shared)}), and the innermost folder is the class: they would be one. Give each class "
+            "one folder of its own name"
+        )
     if nested and not allow_distinct and isinstance(reader, ReaderImageFolder):
-        raise UserError(f"the {split} data in {reader.root} have folders within folders ({few(nested)}); the "
-                        "innermost would be the class. Make one folder a class, or list the innermost ones with "
-                        "--class-map")
+        raise UserError(
+            f"the {split} data in {reader.root} have folders within folders ({few(nested)}); the "
+            "innermost would be the class. Make one folder a class, or list the innermost ones with "
+            "--class-map"
+        )
 
 
 def _renumbered(classes: dict[str, int], used: Iterable[int]) -> dict[int, int]:
@@ -133,9 +141,11 @@ def check_same_classes(names: list[str] | None, others: list[str] | None, whose:
         return
     differing = (i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1])
     first = next(differing, min(len(names), len(others)))
-    raise UserError(f"class {first} is {_from(names, first)} here and {_from(others, first)} in {whose} ({len(names)} "
-                    f"and {len(others)} classes): the same number would mean different classes. Give both the same "
-                    "class folders, or the order in a file with --class-map")
+    raise UserError(
+        f"class {first} is {_from(names, first)} here and {_from(others, first)} in {whose} ({len(names)} "
+        f"and {len(others)} classes): the same number would mean different classes. Give both the same "
+        "class folders, or the order in a file with --class-map"
+    )
 
 
 def _from(names: list[str], first: int) -> str:

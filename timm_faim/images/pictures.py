@@ -2,6 +2,7 @@
 
 Shapes: N images, D features.
 """
+
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,7 @@ class Pictures:
 
 @torch.no_grad()
 def head_features(
-        model: nn.Module, pictures: Pictures, indices: Sequence[int],
+    model: nn.Module, pictures: Pictures, indices: Sequence[int]
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """What the FAIM heads of a model get for some images, as their metrics see it.
 

@@ -1,4 +1,5 @@
 """Image files to 8-bit images of the model's mode, without silent clipping."""
+
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 

@@ -16,9 +16,7 @@ from .processes import gather_all, gather_with_gradient, mean_over_processes, ra
 class MetricHolder:
     """A head or a metric that is shared, and then no submodule, or a metric that is owned."""
 
-    def hold_metric(
-        self, metric: None | FAIMHead | FAIMMetric, in_features: int | None, normalize: bool
-    ) -> None:
+    def hold_metric(self, metric: None | FAIMHead | FAIMMetric, in_features: int | None, normalize: bool) -> None:
         """Share a head or a metric, or own a new one of width ``in_features`` under which random points are about 1
         apart.
 
@@ -28,8 +26,10 @@ class MetricHolder:
         """
         name = type(self).__name__
         if (metric is None) == (in_features is None):
-            raise ValueError(f"{name} takes a head or a metric to share, or in_features=D to own a metric; got "
-                             f"{'neither' if metric is None else 'both'}")
+            raise ValueError(
+                f"{name} takes a head or a metric to share, or in_features=D to own a metric; got "
+                f"{'neither' if metric is None else 'both'}"
+            )
         self._head = (metric,) if isinstance(metric, FAIMHead) else ()  # in a tuple: not registered as a submodule
         self._normalizes = normalize
         if self._head:
@@ -174,8 +174,10 @@ class FAIMLoss(MetricHolder, nn.Module):
             check_labels(classes, len(points), "labels" if points is embeddings else "ref_labels")
             if look and not torch.compiler.is_compiling() and not (finite := torch.isfinite(points).all(1)).all():
                 rows = (~finite).nonzero().flatten().tolist()
-                raise ValueError(f"{name} are not finite in {len(rows)} of {len(points)} rows (first: row {rows[0]}). "
-                                 "Lower the learning rate or clip gradients, or look for broken input")
+                raise ValueError(
+                    f"{name} are not finite in {len(rows)} of {len(points)} rows (first: row {rows[0]}). "
+                    "Lower the learning rate or clip gradients, or look for broken input"
+                )
         self._checked = True
 
     def is_gathered(self) -> bool:

@@ -34,8 +34,13 @@ class FAIMInfoNCELoss(FAIMLoss):
     """
 
     def __init__(
-        self, metric: Any = None, in_features: int | None = None, temperature: float = 0.1, *,
-        form: str = "ntxent", **options: Any,
+        self,
+        metric: Any = None,
+        in_features: int | None = None,
+        temperature: float = 0.1,
+        *,
+        form: str = "ntxent",
+        **options: Any,
     ) -> None:
         super().__init__(metric, in_features, **options)
         self.temperature = check_positive(temperature, "temperature")

@@ -19,14 +19,23 @@ except ImportError as e:
 
 # What to use where a loss or miner of the library has its own distance built in.
 INSTEAD = {
-    "AngularLoss": "FAIMTripletLoss", "AngularMiner": "TripletMarginMiner", "CircleLoss": "FAIMInfoNCELoss",
-    "ArcFaceLoss": "FAIMMarginLoss", "CosFaceLoss": "FAIMMarginLoss", "SphereFaceLoss": "FAIMMarginLoss",
-    "LargeMarginSoftmaxLoss": "FAIMMarginLoss", "SubCenterArcFaceLoss": "FAIMMarginLoss",
-    "InstanceLoss": "FAIMMarginLoss", "TupletMarginLoss": "FAIMNPairLoss",
+    "AngularLoss": "FAIMTripletLoss",
+    "AngularMiner": "TripletMarginMiner",
+    "CircleLoss": "FAIMInfoNCELoss",
+    "ArcFaceLoss": "FAIMMarginLoss",
+    "CosFaceLoss": "FAIMMarginLoss",
+    "SphereFaceLoss": "FAIMMarginLoss",
+    "LargeMarginSoftmaxLoss": "FAIMMarginLoss",
+    "SubCenterArcFaceLoss": "FAIMMarginLoss",
+    "InstanceLoss": "FAIMMarginLoss",
+    "TupletMarginLoss": "FAIMNPairLoss",
     "DistanceWeightedMiner": "BatchHardMiner or MultiSimilarityMiner",
-    "DynamicSoftMarginLoss": "FAIMTripletLoss(soft_margin=True)", "FastAPLoss": "FAIMInfoNCELoss",
-    "SmoothAPLoss": "FAIMInfoNCELoss", "PNPLoss": "FAIMInfoNCELoss",
-    "ThresholdConsistentMarginLoss": "ContrastiveLoss", "SignalToNoiseRatioContrastiveLoss": "ContrastiveLoss",
+    "DynamicSoftMarginLoss": "FAIMTripletLoss(soft_margin=True)",
+    "FastAPLoss": "FAIMInfoNCELoss",
+    "SmoothAPLoss": "FAIMInfoNCELoss",
+    "PNPLoss": "FAIMInfoNCELoss",
+    "ThresholdConsistentMarginLoss": "ContrastiveLoss",
+    "SignalToNoiseRatioContrastiveLoss": "ContrastiveLoss",
 }
 
 

@@ -52,9 +52,11 @@ class FAIMMarginLoss(nn.Module):
         super().__init__()
         owns = num_classes is not None and in_features is not None
         if owns == (head is not None) or (num_classes is None) != (in_features is None):
-            raise ValueError("FAIMMarginLoss takes head=model_head to share one, or num_classes and in_features to own "
-                             f"one; got num_classes={num_classes}, in_features={in_features}, "
-                             f"head={None if head is None else type(head).__name__}")
+            raise ValueError(
+                "FAIMMarginLoss takes head=model_head to share one, or num_classes and in_features to own "
+                f"one; got num_classes={num_classes}, in_features={in_features}, "
+                f"head={None if head is None else type(head).__name__}"
+            )
         if owns:
             head = self.owned_head = FAIMHead(in_features, num_classes, space=space, scale_init=scale)
         self._head = (head,)  # in a tuple: not registered as a submodule
@@ -64,8 +66,10 @@ class FAIMMarginLoss(nn.Module):
         if class_counts is not None:
             counts = torch.as_tensor(class_counts, dtype=torch.float32)
             if counts.shape != margins.shape or not (counts > 0).all():
-                raise ValueError(f"class_counts must be {head.num_classes} numbers > 0, one per class, got "
-                                 f"{counts.tolist() if counts.numel() < 10 else list(counts.shape)}")
+                raise ValueError(
+                    f"class_counts must be {head.num_classes} numbers > 0, one per class, got "
+                    f"{counts.tolist() if counts.numel() < 10 else list(counts.shape)}"
+                )
             margins = self.margin * (counts.min() / counts) ** 0.25
         self.register_buffer("margins", margins)
 

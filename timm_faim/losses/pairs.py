@@ -129,6 +129,8 @@ class _BlockwiseSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():
-            raise RuntimeError("a loss that is computed block by block can be differentiated once, without "
-                               f"create_graph=True; use batches of at most {block_entries(grad_total.device)} pairs")
+            raise RuntimeError(
+                "a loss that is computed block by block can be differentiated once, without "
+                f"create_graph=True; use batches of at most {block_entries(grad_total.device)} pairs"
+            )
         return None, None, *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)

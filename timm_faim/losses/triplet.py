@@ -41,8 +41,14 @@ class FAIMTripletLoss(FAIMLoss):
     """
 
     def __init__(
-        self, metric: Any = None, in_features: int | None = None, margin: float = 0.2, *,
-        mining: str = "batch-hard", soft_margin: bool = False, **options: Any,
+        self,
+        metric: Any = None,
+        in_features: int | None = None,
+        margin: float = 0.2,
+        *,
+        mining: str = "batch-hard",
+        soft_margin: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(metric, in_features, **options)
         self.margin = check_positive(margin, "margin")

@@ -11,7 +11,6 @@ Shapes: B points x, C points y (prototypes), D features. Σ is given as its diag
 lower-triangular ``tril_DD`` with Σ = T T' + ε I; exactly one of the two is set.
 """
 
-
 import torch
 from torch import Tensor
 

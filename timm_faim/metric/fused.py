@@ -14,7 +14,6 @@ Tensors made here are overwritten in place once they are no longer needed: an al
 more than the arithmetic on it.
 """
 
-
 import torch
 from torch import Tensor
 
@@ -141,9 +140,7 @@ def _pull_back(
     return g_BC, ex_B, ey_C, dlmbda, dscale
 
 
-def _one_form(
-    bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, slope: bool
-) -> tuple[Tensor, Tensor | None]:
+def _one_form(bx_B: Tensor, by_C: Tensor, eps: float, symmetric: bool, slope: bool) -> tuple[Tensor, Tensor | None]:
     """The 1-form term [B, C] and, if asked, its derivative with respect to b = β'(x - y)."""
     b_BC = bx_B[:, None] - by_C
     if not symmetric:

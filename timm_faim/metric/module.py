@@ -97,9 +97,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         one_form = 1.0 + self.lambda_init * math.sqrt(2.0 / (math.pi * self.in_features))
         self.start_at(sigma=1.0 / (squared * one_form**2))
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None, frame: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None, frame: bool = False) -> Tensor:
         """Distances d_F(x, y) from x [..., D] to each row of y [C, D] -> [..., C], or without y the norms F(x) [...].
 
         All that reads the parameters in a forward pass comes through here, so that hooks see it.
@@ -186,9 +184,7 @@ class FAIMMetric(FillsMissing, nn.Module):
             beta = beta * self._randers_factor(sigma, tril, beta, lmbda)
         return sigma, tril, beta, lmbda
 
-    def _randers_factor(
-        self, sigma: Tensor | None, tril: Tensor | None, beta: Tensor, lmbda: Tensor
-    ) -> Tensor:
+    def _randers_factor(self, sigma: Tensor | None, tril: Tensor | None, beta: Tensor, lmbda: Tensor) -> Tensor:
         if sigma is not None:
             dual = (beta * beta / sigma).sum()
         else:

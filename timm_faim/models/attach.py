@@ -20,9 +20,7 @@ from timm_faim.head import FAIMHead, faim_heads
 from .config import of_heads
 
 
-def attach_heads(
-    model: nn.Module, faim_cfg: dict[str, Any], ready: Mapping[str, FAIMHead] | None = None
-) -> nn.Module:
+def attach_heads(model: nn.Module, faim_cfg: dict[str, Any], ready: Mapping[str, FAIMHead] | None = None) -> nn.Module:
     """Replace the classifiers of a timm model by FAIM heads, in place.
 
     Args:

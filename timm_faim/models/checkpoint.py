@@ -54,11 +54,19 @@ def read_published(entry: Entry, cache_dir: None | str | Path = None) -> StateDi
     """
     if not entry.revision:
         raise RuntimeError(f"{entry.name} is not published yet; pretrained=False gives its model without weights")
-    path = hf_hub_download(entry.repo_id, "model.safetensors", revision=entry.revision, cache_dir=cache_dir,
-                           library_name="timm_faim", library_version=__version__)
+    path = hf_hub_download(
+        entry.repo_id,
+        "model.safetensors",
+        revision=entry.revision,
+        cache_dir=cache_dir,
+        library_name="timm_faim",
+        library_version=__version__,
+    )
     if (found := sha256(Path(path))) != entry.sha256:
-        raise RuntimeError(f"{path} has sha256 {found}, {entry.path.name} says {entry.sha256}; remove the file and "
-                           "load again. If that does not help the repository has been changed: don't use it")
+        raise RuntimeError(
+            f"{path} has sha256 {found}, {entry.path.name} says {entry.sha256}; remove the file and "
+            "load again. If that does not help the repository has been changed: don't use it"
+        )
     return load_file(path)
 
 

@@ -22,9 +22,7 @@ _MAX_FEATURES = 1024  # kept for a head: few numbers are measured, and heads on 
 
 
 def convert_(
-    model: nn.Module,
-    batches: None | Tensor | Iterable[Batch] = None,
-    faim_cfg: Mapping[str, Any] | None = None,
+    model: nn.Module, batches: None | Tensor | Iterable[Batch] = None, faim_cfg: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """Make a timm model with linear classifiers its ``faim_`` twin, in place, without training.
 

@@ -190,8 +190,13 @@ def _create_from_checkpoint(
 
 
 def _create_published(
-    arch: str, entry: Entry, pretrained: bool, overlay: dict[str, Any] | None, faim_cfg: dict[str, Any] | None,
-    keeps: bool, **kwargs: Any,
+    arch: str,
+    entry: Entry,
+    pretrained: bool,
+    overlay: dict[str, Any] | None,
+    faim_cfg: dict[str, Any] | None,
+    keeps: bool,
+    **kwargs: Any,
 ) -> nn.Module:
     """The model of an entry of hub_configs/, as it was trained unless the arguments say otherwise."""
     saved = {"num_classes": entry.num_classes, "faim_cfg": None, **entry.model_args}

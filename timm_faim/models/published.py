@@ -24,8 +24,18 @@ from .saved import check_inputs, is_number
 
 ORGANISATION, FOLDERS = "TIMM_FAIM_HUB_ORG", "TIMM_FAIM_HUB_CONFIGS"
 _PACKAGE = Path(__file__).parents[1]
-INPUT_KEYS = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "pool_size",
-          "first_conv", "classifier")  # what an entry's pretrained_cfg may say
+INPUT_KEYS = (
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "pool_size",
+    "first_conv",
+    "classifier",
+)  # what an entry's pretrained_cfg may say
 _NAME = re.compile(r"[a-z0-9_]+")
 _TAG = re.compile(r"[A-Za-z0-9_-]+")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
@@ -93,8 +103,14 @@ class Entry:
     def cfg(self) -> PretrainedCfg:
         """The entry in timm's form; without weights as long as nothing is published."""
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in self.pretrained_cfg.items()}
-        return PretrainedCfg(**given, architecture=self.architecture, tag=self.tag, num_classes=self.num_classes,
-                             license=self.license, hf_hub_id=self.hub_id if self.revision else None)
+        return PretrainedCfg(
+            **given,
+            architecture=self.architecture,
+            tag=self.tag,
+            num_classes=self.num_classes,
+            license=self.license,
+            hf_hub_id=self.hub_id if self.revision else None,
+        )
 
     def label_names(self) -> list[str] | None:
         """Class names in the order of their indices."""
@@ -108,7 +124,8 @@ class Entry:
             if not isinstance(value, kind) or isinstance(value, bool):
                 self._refuse(key, f"must be {kind.__name__}, got {value!r}")
         for key, pattern, form in (
-            ("architecture", _NAME, "faim_ and an architecture of timm"), ("tag", _TAG, "letters, digits, - and _"),
+            ("architecture", _NAME, "faim_ and an architecture of timm"),
+            ("tag", _TAG, "letters, digits, - and _"),
             ("revision", re.compile(r"[0-9a-f]{40}"), "a commit of 40 hex digits"),
             ("sha256", re.compile(r"[0-9a-f]{64}"), "64 hex digits"),
         ):
@@ -135,15 +152,21 @@ class Entry:
             self._refuse("num_classes", f"must be at least 1, got {self.num_classes}")
         for key in self.pretrained_cfg:
             if key not in INPUT_KEYS:
-                self._refuse(f"pretrained_cfg.{key}",
-                             f"is not known.{_near(str(key), INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}")
+                self._refuse(
+                    f"pretrained_cfg.{key}",
+                    f"is not known.{_near(str(key), INPUT_KEYS)} Known: {', '.join(INPUT_KEYS)}",
+                )
         try:
             check_inputs("pretrained_cfg", self.pretrained_cfg)
         except ValueError as e:
             raise EntryError(f"{self.path}: {e}") from e
         if self.label_file is not None:
-            if not isinstance(self.label_file, str) or Path(self.label_file).name != self.label_file \
-                    or self.label_file.startswith(".") or len(self.label_file) > 200:
+            if (
+                not isinstance(self.label_file, str)
+                or Path(self.label_file).name != self.label_file
+                or self.label_file.startswith(".")
+                or len(self.label_file) > 200
+            ):
                 self._refuse("label_file", f"must be the name of a file beside the entry, got {self.label_file!r}")
             try:
                 count = len(self.label_names())
@@ -156,8 +179,19 @@ class Entry:
         raise EntryError(f"{self.path}: {key} {problem}")
 
 
-_TYPES = {"architecture": str, "tag": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict,
-          "dataset": dict, "license": str, "repo_id": str, "recipe": str, "metrics": dict, "probe_logits": list}
+_TYPES = {
+    "architecture": str,
+    "tag": str,
+    "num_classes": int,
+    "model_args": dict,
+    "pretrained_cfg": dict,
+    "dataset": dict,
+    "license": str,
+    "repo_id": str,
+    "recipe": str,
+    "metrics": dict,
+    "probe_logits": list,
+}
 
 
 def read_entry(path: Path) -> Entry:

@@ -24,8 +24,11 @@ def is_number(value: Any) -> bool:
 
 
 def _is_list(value: Any, fits: Callable[[Any], bool], length: int = 0) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) in ((length,) if length else range(1, 1000)) \
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) in ((length,) if length else range(1, 1000))
         and all(map(fits, value))
+    )
 
 
 def _is_count(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 Shapes: N vectors, C classes, D features.
 """
+
 import copy
 from dataclasses import dataclass
 
@@ -90,7 +91,10 @@ class HeadDistances:
             dense = self.exact.sigma().to(self.head.mu.device if self.head.mu.is_cuda else "cpu")
             spectrum = torch.linalg.eigvalsh(dense).cpu()
         return Geometry(
-            lmbda=float(lmbda), gamma=float(self.head.gamma()), spectrum=spectrum.sort(descending=True).values,
-            beta=beta.abs().sort(descending=True).values, whitened=whitened.abs().sort(descending=True).values,
+            lmbda=float(lmbda),
+            gamma=float(self.head.gamma()),
+            spectrum=spectrum.sort(descending=True).values,
+            beta=beta.abs().sort(descending=True).values,
+            whitened=whitened.abs().sort(descending=True).values,
             dual_norm=float(whitened.norm()),
         )

@@ -2,6 +2,7 @@
 
 Shapes: N images, C classes. Shares and accuracies are in per cent, as everywhere in timm; confidences in 0..1.
 """
+
 import argparse
 import time
 from collections.abc import Sequence
@@ -180,11 +181,19 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
     integers, numbers = integers[order], numbers[order]
     target = integers[:, 1]
     if len(target) and not (target.min() >= 0 and target.max() < num_classes):
-        raise UserError(f"the validation data have labels from {target.min()} to {target.max()}, outside the "
-                        f"{num_classes} classes of the model. Give --num-classes {target.max() + 1} or mend them")
+        raise UserError(
+            f"the validation data have labels from {target.min()} to {target.max()}, outside the "
+            f"{num_classes} classes of the model. Give --num-classes {target.max() + 1} or mend them"
+        )
     return Evaluation(
-        num_classes, index=integers[:, 0], target=target, prediction=integers[:, 2], top5=integers[:, 3].astype(bool),
-        confidence=numbers[:, 0], loss=numbers[:, 1], margin=numbers[:, 2],
+        num_classes,
+        index=integers[:, 0],
+        target=target,
+        prediction=integers[:, 2],
+        top5=integers[:, 3].astype(bool),
+        confidence=numbers[:, 0],
+        loss=numbers[:, 1],
+        margin=numbers[:, 2],
         images_per_s=round(float(rates[:, 0].sum()) / slowest, 1) if slowest > 0 else None,
     )
 

@@ -1,4 +1,5 @@
 """Pictures of FAIM heads: their parameters, and validation images beside the prototypes that decided them."""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Neighbours:
 
 
 def draw_head(
-        path: Path, geometry: Geometry, rows: Sequence[Mapping[str, Any]], suffix: str, shares: np.ndarray | None,
+    path: Path, geometry: Geometry, rows: Sequence[Mapping[str, Any]], suffix: str, shares: np.ndarray | None
 ) -> bool:
     """γ over the epochs and the spectrum of Σ; of a head with a 1-form also λ, |β| and its share in the distances.
 
@@ -66,13 +67,17 @@ def draw_head(
 def _draw_one_form(form: "Axes", share: "Axes", geometry: Geometry, shares: np.ndarray | None) -> None:
     D = len(geometry.spectrum)
     places = np.arange(1, D + 1)
-    for values, label, color in ((geometry.beta, "|β| per coordinate", BLUE),
-                                 (geometry.whitened, "|β| in units of Σ (|Σ$^{-1/2}$β|)", ORANGE)):
+    for values, label, color in (
+        (geometry.beta, "|β| per coordinate", BLUE),
+        (geometry.whitened, "|β| in units of Σ (|Σ$^{-1/2}$β|)", ORANGE),
+    ):
         form.plot(places, values.numpy(), label=label, color=color, marker="." if D <= 60 else None)
     if geometry.beta.min() > 0:
         form.set_yscale("log")
-    form.set_title(f"1-form, sorted;  sqrt(βᵀΣ⁻¹β) = {geometry.dual_norm:.3g},  "
-                   f"λ sqrt(βᵀΣ⁻¹β) = {geometry.strongest:.3g}", fontsize=10)
+    form.set_title(
+        f"1-form, sorted;  sqrt(βᵀΣ⁻¹β) = {geometry.dual_norm:.3g},  λ sqrt(βᵀΣ⁻¹β) = {geometry.strongest:.3g}",
+        fontsize=10,
+    )
     form.set_xlabel("direction")
     form.legend(fontsize=8)
     form.grid(alpha=0.3)
@@ -151,8 +156,11 @@ def choose_pool(targets: np.ndarray | None, size: int, classes: Sequence[int]) -
 
 
 def typical_images(
-        distances: HeadDistances, features: torch.Tensor | None, pool: np.ndarray, labels: np.ndarray,
-        classes: Sequence[int],
+    distances: HeadDistances,
+    features: torch.Tensor | None,
+    pool: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[int],
 ) -> dict[int, Neighbours]:
     """Of each class its training images nearest to the prototype by d_F.
 
@@ -187,7 +195,7 @@ class Examples:
 
     @classmethod
     def of(
-            cls, positions: np.ndarray, features: torch.Tensor, distances: HeadDistances, evaluation: Evaluation,
+        cls, positions: np.ndarray, features: torch.Tensor, distances: HeadDistances, evaluation: Evaluation
     ) -> "Examples":
         """Find the rivals; a single class is its own rival."""
         logits = distances.logits(features)
@@ -198,8 +206,14 @@ class Examples:
 
 
 def draw_examples(
-        path: Path, examples: Examples, evaluation: Evaluation, distances: HeadDistances,
-        typical: Mapping[int, Neighbours], train: Pictures, val: Pictures, label_names: Sequence[str] | None,
+    path: Path,
+    examples: Examples,
+    evaluation: Evaluation,
+    distances: HeadDistances,
+    typical: Mapping[int, Neighbours],
+    train: Pictures,
+    val: Pictures,
+    label_names: Sequence[str] | None,
 ) -> bool:
     """One row per validation image: the image, typical training images of the predicted class and of its rival, and
     the distances to both prototypes, of a head with a 1-form with their two parts.
@@ -223,8 +237,16 @@ def draw_examples(
     width, height = 1.25 * columns + 3.6, 1.6 * len(predicted) + 0.5
     figure = plots.new_figure(width, height, layout=None)
     grid = figure.add_gridspec(
-        len(predicted), 3, width_ratios=[columns, 0.45, 2.3], left=0.1 / width, right=1 - 0.1 / width,
-        top=1 - 0.6 / height, bottom=0.25 / height, wspace=0, hspace=0.32)
+        len(predicted),
+        3,
+        width_ratios=[columns, 0.45, 2.3],
+        left=0.1 / width,
+        right=1 - 0.1 / width,
+        top=1 - 0.6 / height,
+        bottom=0.25 / height,
+        wspace=0,
+        hspace=0.32,
+    )
     for row, position in enumerate(examples.positions):
         k, y, rival = int(predicted[row]), int(target[row]), int(examples.rivals[row])
         right = k == y
@@ -246,10 +268,16 @@ def draw_examples(
         ax.set(xlim=(-0.02, CELL * columns), ylim=(-0.02, 1.02), aspect="equal", anchor="W")
         ax.axis("off")
         bars = figure.add_subplot(grid[row, 2])
-        _draw_bars(bars, [(word, float(r[row]), float(f[row]))
-                          for (_, word, _), (r, f) in zip(sides, parts, strict=False)], longest)
-        bars.set_title(f"{'right' if right else 'wrong'}, {100 * evaluation.confidence[position]:.1f} % sure",
-                       fontsize=8, loc="left")
+        _draw_bars(
+            bars,
+            [(word, float(r[row]), float(f[row])) for (_, word, _), (r, f) in zip(sides, parts, strict=False)],
+            longest,
+        )
+        bars.set_title(
+            f"{'right' if right else 'wrong'}, {100 * evaluation.confidence[position]:.1f} % sure",
+            fontsize=8,
+            loc="left",
+        )
     if distances.geometry().has_one_form:
         handles = [_swatch(BLUE, "Riemannian part √(vᵀΣv + ε)"), _swatch(ORANGE, "1-form part")]
         figure.legend(handles=handles, loc="upper right", ncols=2, fontsize=8, frameon=False)
@@ -258,7 +286,7 @@ def draw_examples(
 
 
 def draw_pairs(
-        path: Path, evaluation: Evaluation, val: Pictures, label_names: Sequence[str] | None, count: int = 8,
+    path: Path, evaluation: Evaluation, val: Pictures, label_names: Sequence[str] | None, count: int = 8
 ) -> bool:
     """The most confused pairs of classes, an image of each side by side: one that was taken for the other class where
     there is one, otherwise the class's surest.
@@ -271,8 +299,16 @@ def draw_pairs(
     width, height = 4.6 * across, 2.3 * down
     figure = plots.new_figure(width, height, layout=None)
     grid = figure.add_gridspec(
-        down, 3 * across, width_ratios=[1, 1, 0.15] * across, left=0.02, right=0.98, top=1 - 0.35 / height,
-        bottom=0.3 / height, wspace=0.1, hspace=0.32)  # every third column is the gap between pairs
+        down,
+        3 * across,
+        width_ratios=[1, 1, 0.15] * across,
+        left=0.02,
+        right=0.98,
+        top=1 - 0.35 / height,
+        bottom=0.3 / height,
+        wspace=0.1,
+        hspace=0.32,
+    )  # every third column is the gap between pairs
     for number, pair in enumerate(pairs):
         for side, (a, b, times) in enumerate(((pair.a, pair.b, pair.a_as_b), (pair.b, pair.a, pair.b_as_a))):
             ax = figure.add_subplot(grid[number // across, 3 * (number % across) + side])
@@ -314,8 +350,14 @@ def _draw_bars(ax: "Axes", bars: Sequence[tuple[str, float, float]], longest: fl
     for place, (_, riemannian, form) in enumerate(bars):
         total = riemannian + form
         ax.barh(place, min(riemannian, total), color=BLUE, height=0.6)
-        ax.barh(place, abs(form), left=min(riemannian, total), height=0.6, color=ORANGE,
-                **({"fill": False, "edgecolor": ORANGE, "hatch": "////"} if form < 0 else {}))
+        ax.barh(
+            place,
+            abs(form),
+            left=min(riemannian, total),
+            height=0.6,
+            color=ORANGE,
+            **({"fill": False, "edgecolor": ORANGE, "hatch": "////"} if form < 0 else {}),
+        )
         parts = f" = {riemannian:#.3g} {'-' if form < 0 else '+'} {abs(form):.2g}" if form else ""
         ax.text(max(total, riemannian) + 0.02 * longest, place, f"{total:#.3g}{parts}", va="center", fontsize=7)
     ax.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)

@@ -1,4 +1,5 @@
 """Names of classes, in full and as they fit into a picture."""
+
 from collections.abc import Sequence
 
 
@@ -12,5 +13,5 @@ def short_name(label_names: Sequence[str] | None, k: int, length: int = 24) -> s
     name = class_name(label_names, k)
     if len(name) > length:
         tail = length // 2  # the ends of names differ more often than their beginnings
-        name = f"{name[:length - tail - 1]}…{name[-tail:]}"
+        name = f"{name[: length - tail - 1]}…{name[-tail:]}"
     return name.replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 Every `draw_*` writes one PNG file and returns whether it did: False without matplotlib, or with nothing to show.
 """
+
 import math
 import re
 import warnings
@@ -26,8 +27,17 @@ BLUE, ORANGE, GREEN, RED, GREY = "#3465a4", "#e07b00", "#2e8b57", "#c0392b", "#8
 MATRIX_CLASSES = 300  # a matrix of more classes than this has no readable cells
 SHOWN_CLASSES = 50
 # Fonts with East Asian characters, as systems bring them along.
-WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei",
-              "SimHei", "PingFang SC", "Hiragino Sans", "Arial Unicode MS")
+WIDE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Arial Unicode MS",
+)
 _RATE = re.compile(r"(?:train_)?lr(?:[_/.](.+))?$")
 
 
@@ -107,8 +117,16 @@ def draw_learning_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
     top1 = column(rows, "eval_top1")
     if np.isfinite(top1).any():
         best = int(np.nanargmax(top1))
-        axes[1].plot(epochs[best], top1[best], "o", color=RED, markersize=7, fillstyle="none", markeredgewidth=1.6,
-                     label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.0f})")
+        axes[1].plot(
+            epochs[best],
+            top1[best],
+            "o",
+            color=RED,
+            markersize=7,
+            fillstyle="none",
+            markeredgewidth=1.6,
+            label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.0f})",
+        )
     elif not np.isfinite(column(rows, "train_top1")).any():  # several labels an image: other metrics
         axes[1].set_ylabel("validation metrics in %")
         names = [key for key in _keys(rows) if key.startswith("eval_") and key not in ("eval_loss", "eval_samples")]
@@ -127,8 +145,9 @@ def _draw_rates(ax: "Axes", epochs: np.ndarray, rates: Mapping[str, np.ndarray])
     peaks = [peak for values in rates.values() if (peak := np.nanmax(values)) > 0]
     log = len(peaks) > 1 and max(peaks) > 20 * min(peaks)
     for number, (part, values) in enumerate(rates.items()):
-        _line(ax, epochs, np.where(values > 0, values, math.nan) if log else values, short_name([part], 0),
-              f"C{number}")
+        _line(
+            ax, epochs, np.where(values > 0, values, math.nan) if log else values, short_name([part], 0), f"C{number}"
+        )
     ax.set_yscale("log" if log else "linear")
     ax.set_ylabel("learning rate" if len(rates) > 1 else "learning rate (mean over parameters)")
 
@@ -167,8 +186,15 @@ def draw_confusion(path: Path, evaluation: "Evaluation", label_names: Sequence[s
         ax.set_yticks(range(K), names, fontsize=8 if K <= 30 else 6.5)
     if K <= 15:
         for i, j in np.argwhere(counts):
-            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=8,
-                    color="white" if percent[i, j] > 40 else "black")
+            ax.text(
+                j,
+                i,
+                counts[i, j],
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if percent[i, j] > 40 else "black",
+            )
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
     C = evaluation.num_classes
@@ -197,22 +223,45 @@ def draw_calibration(path: Path, evaluation: "Evaluation", _label_names: Sequenc
     edges = np.arange(bins) / bins
     figure = new_figure(5.6, 5.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.bar(edges[filled], np.minimum(accuracy, confidence)[filled], width=1 / bins, align="edge", color=BLUE,
-              edgecolor="white", alpha=0.75)
+    above.bar(
+        edges[filled],
+        np.minimum(accuracy, confidence)[filled],
+        width=1 / bins,
+        align="edge",
+        color=BLUE,
+        edgecolor="white",
+        alpha=0.75,
+    )
     gap = accuracy - confidence
-    for chosen, bottom, color, label in ((filled & (gap > 0), confidence, GREEN, "more often right than sure"),
-                                         (filled & (gap < 0), accuracy, RED, "more sure than right")):
+    for chosen, bottom, color, label in (
+        (filled & (gap > 0), confidence, GREEN, "more often right than sure"),
+        (filled & (gap < 0), accuracy, RED, "more sure than right"),
+    ):
         if chosen.any():
-            above.bar(edges[chosen], abs(gap[chosen]), bottom=bottom[chosen], width=1 / bins, align="edge",
-                      color=color, alpha=0.35, edgecolor=color, hatch="//", label=label)
-    above.hlines(accuracy[filled], edges[filled], edges[filled] + 1 / bins, color="black", linewidth=2,
-                 label="accuracy")
+            above.bar(
+                edges[chosen],
+                abs(gap[chosen]),
+                bottom=bottom[chosen],
+                width=1 / bins,
+                align="edge",
+                color=color,
+                alpha=0.35,
+                edgecolor=color,
+                hatch="//",
+                label=label,
+            )
+    above.hlines(
+        accuracy[filled], edges[filled], edges[filled] + 1 / bins, color="black", linewidth=2, label="accuracy"
+    )
     above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
     above.set_ylabel("accuracy")
     above.set_ylim(0, 1.02)
-    above.set_title(f"expected calibration error {evaluation.ece():.2f} %\nmean confidence "
-                    f"{100 * float(evaluation.confidence.mean()):.1f} %, accuracy "
-                    f"{100 * float(evaluation.correct.mean()):.1f} %", fontsize=10)
+    above.set_title(
+        f"expected calibration error {evaluation.ece():.2f} %\nmean confidence "
+        f"{100 * float(evaluation.confidence.mean()):.1f} %, accuracy "
+        f"{100 * float(evaluation.correct.mean()):.1f} %",
+        fontsize=10,
+    )
     below.bar(edges, counts, width=1 / bins, align="edge", color=GREY, edgecolor="white")
     below.set_xlim(0, 1)
     below.set_xlabel("confidence (largest softmax probability)")

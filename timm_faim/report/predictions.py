@@ -1,4 +1,5 @@
 """The loop over the validation images, and the numbers of an epoch from it; evaluation.py looks at single images."""
+
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +13,7 @@ from timm_faim.images.datasets import UNREADABLE
 
 
 def predictions(
-        model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace,
+    model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Logits [B, C], targets [B, ...] and places [B] among this process's images, batch by batch; each image once.
 
@@ -46,8 +47,11 @@ def predictions(
 
 @torch.inference_mode()
 def evaluate(
-        model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace,
-        create_evaluator: Callable | None = None,
+    model: torch.nn.Module,
+    loader: Any,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    create_evaluator: Callable | None = None,
 ) -> dict[str, Any]:
     """Loss and accuracy over the images of `predictions`, whose arguments these are; a collective call.
 

@@ -2,6 +2,7 @@
 
 Accuracies and rates are in per cent.
 """
+
 import json
 import math
 import platform
@@ -34,8 +35,11 @@ def file_names(dataset: Any) -> list[str] | None:
 
 
 def write_evaluation(
-        folder: Path, evaluation: Evaluation, label_names: Sequence[str] | None = None,
-        filenames: Sequence[str] | None = None, info: dict[str, Any] | None = None,
+    folder: Path,
+    evaluation: Evaluation,
+    label_names: Sequence[str] | None = None,
+    filenames: Sequence[str] | None = None,
+    info: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Write what a person or a table program wants to know; for the main process.
 
@@ -75,24 +79,38 @@ def summary_lines(evaluation: Evaluation, label_names: Sequence[str] | None = No
     """A few lines for the terminal: accuracy, calibration, the weakest classes, the most confused pairs."""
     metrics = evaluation.metrics()
     rate = f"; {metrics['images_per_s']:.0f} images/s" if metrics["images_per_s"] else ""
-    lines = [f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, mean over classes "
-             f"{metrics['mean_class_top1']:.2f} %, loss {metrics['loss']:.4f} on {metrics['samples']} images of "
-             f"{int((evaluation.samples_per_class > 0).sum())} classes{rate}"]
+    lines = [
+        f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, mean over classes "
+        f"{metrics['mean_class_top1']:.2f} %, loss {metrics['loss']:.4f} on {metrics['samples']} images of "
+        f"{int((evaluation.samples_per_class > 0).sum())} classes{rate}"
+    ]
     if not metrics["samples"]:
         return lines
     confidence = 100 * float(evaluation.confidence.mean())
     lines.append(f"mean confidence {confidence:.1f} %, expected calibration error {metrics['ece']:.1f} %")
-    weakest = [k for k in evaluation.weakest_classes(count)
-               if evaluation.correct_per_class[k] < evaluation.samples_per_class[k]]
+    weakest = [
+        k
+        for k in evaluation.weakest_classes(count)
+        if evaluation.correct_per_class[k] < evaluation.samples_per_class[k]
+    ]
     if weakest:
-        lines.append("weakest classes: " + ", ".join(
-            f"{class_name(label_names, k)} ({evaluation.correct_per_class[k]} of {evaluation.samples_per_class[k]} "
-            "right)" for k in weakest))
+        lines.append(
+            "weakest classes: "
+            + ", ".join(
+                f"{class_name(label_names, k)} ({evaluation.correct_per_class[k]} of {evaluation.samples_per_class[k]} "
+                "right)"
+                for k in weakest
+            )
+        )
     confused = evaluation.most_confused(count)
     if confused:
-        lines.append("most confused: " + ", ".join(
-            f"{class_name(label_names, c.a)} and {class_name(label_names, c.b)} ({c.a_as_b} and {c.b_as_a} times)"
-            for c in confused))
+        lines.append(
+            "most confused: "
+            + ", ".join(
+                f"{class_name(label_names, c.a)} and {class_name(label_names, c.b)} ({c.a_as_b} and {c.b_as_a} times)"
+                for c in confused
+            )
+        )
     return lines
 
 
@@ -103,10 +121,17 @@ def _class_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> It
             taken_for[target] = (count, prediction)
     yield ["class", "name", "samples", "correct", "accuracy", "confused_with", "confused_with_name", "confused_count"]
     for k, (samples, correct) in enumerate(
-            zip(evaluation.samples_per_class.tolist(), evaluation.correct_per_class.tolist(), strict=True)):
+        zip(evaluation.samples_per_class.tolist(), evaluation.correct_per_class.tolist(), strict=True)
+    ):
         count, other = taken_for.get(k, (0, None))
-        yield [k, class_name(label_names, k), samples, correct, round(100 * correct / samples, 3) if samples else "",
-               *(("", "", 0) if other is None else (other, class_name(label_names, other), count))]
+        yield [
+            k,
+            class_name(label_names, k),
+            samples,
+            correct,
+            round(100 * correct / samples, 3) if samples else "",
+            *(("", "", 0) if other is None else (other, class_name(label_names, other), count)),
+        ]
 
 
 def _confusion_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> Iterable[list]:
@@ -120,15 +145,29 @@ def _pair_rows(evaluation: Evaluation, label_names: Sequence[str] | None) -> Ite
     samples = evaluation.samples_per_class.tolist()
     for c in evaluation.most_confused():
         rates = (round(100 * n / max(1, samples[k]), 3) for n, k in ((c.a_as_b, c.a), (c.b_as_a, c.b)))
-        yield [c.a, c.b, class_name(label_names, c.a), class_name(label_names, c.b), c.a_as_b, c.b_as_a,
-               c.a_as_b + c.b_as_a, *rates]
+        yield [
+            c.a,
+            c.b,
+            class_name(label_names, c.a),
+            class_name(label_names, c.b),
+            c.a_as_b,
+            c.b_as_a,
+            c.a_as_b + c.b_as_a,
+            *rates,
+        ]
 
 
 def _prediction_rows(evaluation: Evaluation, filenames: Sequence[str] | None) -> Iterable[list]:
     file = ["file"] if filenames is not None else []
     yield ["index", *file, "target", "prediction", "confidence", "loss", "margin"]
-    columns = (evaluation.index, evaluation.target, evaluation.prediction, evaluation.confidence, evaluation.loss,
-               evaluation.margin)
+    columns = (
+        evaluation.index,
+        evaluation.target,
+        evaluation.prediction,
+        evaluation.confidence,
+        evaluation.loss,
+        evaluation.margin,
+    )
     for index, target, prediction, *numbers in zip(*(column.tolist() for column in columns), strict=True):
         name = [filenames[index]] if filenames is not None else []
         yield [index, *name, target, prediction, *(f"{number:.6g}" for number in numbers)]

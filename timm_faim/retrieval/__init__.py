@@ -4,5 +4,14 @@ from .distances import Distance, distances_of
 from .metrics import Ranking, average_precision_at_r, clustering_nmi, count_positives, lloyd, rank
 from .search import nearest
 
-__all__ = ["Distance", "Ranking", "average_precision_at_r", "clustering_nmi", "count_positives", "distances_of",
-           "lloyd", "nearest", "rank"]
+__all__ = [
+    "Distance",
+    "Ranking",
+    "average_precision_at_r",
+    "clustering_nmi",
+    "count_positives",
+    "distances_of",
+    "lloyd",
+    "nearest",
+    "rank",
+]

@@ -6,6 +6,7 @@
 
 DIR holds one folder of images per class; the classes need not be those of the model.
 """
+
 import argparse
 import json
 import sys
@@ -27,7 +28,7 @@ from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import atomic_write, check_writable
 from timm_faim.run.numbers import whole
-from timm_faim.training.flags import Parser, available_cores
+from timm_faim.run.parser import Parser, available_cores
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
 NEIGHBOURS = 8  # of a row of the sheet
@@ -64,22 +65,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m timm_faim.retrieval", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("gallery", metavar="DIR", help="image folder, one folder per class")
-    add("--checkpoint", required=True, metavar="RUN",
-        help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="RUN",
+        help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights",
+    )
     add("--queries", metavar="DIR", help="queries from this folder (default: each image of the gallery in turn)")
     add("--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
     add("--recall-at", type=whole(1), nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)")
+    add(
+        "--workers",
+        type=whole(0, 1024),
+        default=min(4, available_cores()),
+        metavar="N",
+        help="processes that read images (default: 4, or as many as there are cores)",
+    )
     add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
     add("--amp", action="store_true", help="run the model in bfloat16 autocast; distances stay in float64")
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    add("--sheet-rows", type=whole(1, 1000), default=12, metavar="N",
-        help="queries on the contact sheet (default: 12)")
+    add("--sheet-rows", type=whole(1, 1000), default=12, metavar="N", help="queries on the contact sheet (default: 12)")
     add("--no-sheet", action="store_true", help="draw no contact sheet")
-    add("--seed", type=whole(0, 2**31 - 1), default=42, metavar="N",
-        help="of the clustering and of the sheet (default: 42)")
+    add(
+        "--seed",
+        type=whole(0, 2**31 - 1),
+        default=42,
+        metavar="N",
+        help="of the clustering and of the sheet (default: 42)",
+    )
     return parser
 
 
@@ -101,14 +115,24 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
     results, faim = _compare(args, task, head, device)
     facts = {
-        "checkpoint": args.checkpoint, "architecture": (model.pretrained_cfg or {}).get("architecture"),
-        "gallery": args.gallery, "queries": args.queries, "leave_one_out": task.leaves_one_out,
-        "gallery_images": len(task.gallery), "query_images": len(task.query),
-        "gallery_classes": len(set(task.gallery.class_names)), "query_classes": len(set(task.query.class_names)),
-        "queries_without_positives": without, "features": head.in_features,
-        "symmetric": head.metric.symmetric, "direction": DIRECTION, "amp": args.amp,
+        "checkpoint": args.checkpoint,
+        "architecture": (model.pretrained_cfg or {}).get("architecture"),
+        "gallery": args.gallery,
+        "queries": args.queries,
+        "leave_one_out": task.leaves_one_out,
+        "gallery_images": len(task.gallery),
+        "query_images": len(task.query),
+        "gallery_classes": len(set(task.gallery.class_names)),
+        "query_classes": len(set(task.query.class_names)),
+        "queries_without_positives": without,
+        "features": head.in_features,
+        "symmetric": head.metric.symmetric,
+        "direction": DIRECTION,
+        "amp": args.amp,
         "nmi": {"clusters": len(set(task.query.class_names)), "restarts": RESTARTS, "seed": args.seed},
-        "unit": "per cent", "results": results, "versions": versions(),
+        "unit": "per cent",
+        "results": results,
+        "versions": versions(),
     }
     with atomic_write(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -125,12 +149,13 @@ def table_lines(results: dict[str, dict[str, float]]) -> list[str]:
     """Results in per cent by distance and metric, as lines of a table."""
     columns = list(next(iter(results.values())))
     lines = [" ".join([f"{'in %':<10}", *(f"{name:>9}" for name in columns)])]
-    return lines + [" ".join([f"{name:<10}", *(f"{row[key]:>9.2f}" for key in columns)])
-                    for name, row in results.items()]
+    return lines + [
+        " ".join([f"{name:<10}", *(f"{row[key]:>9.2f}" for key in columns)]) for name, row in results.items()
+    ]
 
 
 def _compare(
-        args: argparse.Namespace, task: Task, head: FAIMHead, device: torch.device,
+    args: argparse.Namespace, task: Task, head: FAIMHead, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], Ranking]:
     """Metrics in per cent by distance, and the ranking under FAIM."""
     device = device if device.type == "cuda" else torch.device("cpu")  # float64, which other devices may lack
@@ -139,8 +164,16 @@ def _compare(
     results, rankings = {}, {}
     for distance in distances_of(head, device):
         query_QD, gallery_ND = (distance.embed(x) for x in features)
-        found = rank(query_QD, labels[0], gallery_ND, labels[1], distance.between, args.recall_at,
-                     task.neighbours, task.leaves_one_out)
+        found = rank(
+            query_QD,
+            labels[0],
+            gallery_ND,
+            labels[1],
+            distance.between,
+            args.recall_at,
+            task.neighbours,
+            task.leaves_one_out,
+        )
         nmi = clustering_nmi(query_QD, labels[0], distance, RESTARTS, args.seed)
         scores = {f"Recall@{k}": share for k, share in found.recall().items()} | {"mAP@R": found.map_at_r(), "NMI": nmi}
         results[distance.name] = {key: round(100 * share, 4) for key, share in scores.items()}
@@ -151,11 +184,16 @@ def _compare(
 def _read(args: argparse.Namespace, model: torch.nn.Module, head: FAIMHead, device: torch.device) -> Task:
     """Both folders; what has no answer is refused before the model runs, and again without unreadable images."""
     config = resolve_input_data_config(model)
-    folders = [open_folder(place, flag, config["input_size"][0], args.skip_unreadable)
-               for place, flag in ((args.gallery, "DIR"), (args.queries, "--queries")) if place is not None]
+    folders = [
+        open_folder(place, flag, config["input_size"][0], args.skip_unreadable)
+        for place, flag in ((args.gallery, "DIR"), (args.queries, "--queries"))
+        if place is not None
+    ]
     _refuse(args, folders[-1].class_names, folders[0].class_names)
-    images = [read_images(folder, model, head, config, device, batch_size=args.batch_size, workers=args.workers,
-                          amp=args.amp) for folder in folders]
+    images = [
+        read_images(folder, model, head, config, device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
+        for folder in folders
+    ]
     query, gallery = images[-1], images[0]
     _refuse(args, query.class_names, gallery.class_names)
     return Task(query, gallery, sorted({*gallery.class_names, *query.class_names}))
@@ -166,20 +204,29 @@ def _refuse(args: argparse.Namespace, query: list[str], gallery: list[str]) -> N
     leaves_one_out, known = args.queries is None, Counter(gallery)
     others = len(gallery) - leaves_one_out
     if not gallery or not query:
-        raise UserError(f"none of the images of {args.queries if gallery else args.gallery} can be read. Check the "
-                        "files")
+        raise UserError(
+            f"none of the images of {args.queries if gallery else args.gallery} can be read. Check the files"
+        )
     if len(known) < 2:
-        raise UserError(f"DIR {args.gallery} has one class ({few(sorted(known))}), where every neighbour is right. "
-                        "Give a folder with one folder of images per class, at least two")
+        raise UserError(
+            f"DIR {args.gallery} has one class ({few(sorted(known))}), where every neighbour is right. "
+            "Give a folder with one folder of images per class, at least two"
+        )
     if not any(_positives(query, gallery, leaves_one_out)):
         if leaves_one_out:
-            raise UserError(f"every class of DIR {args.gallery} has a single image, so that no query has another one "
-                            "of its class. Add images, or give the queries with --queries")
-        raise UserError(f"--queries {args.queries} and DIR {args.gallery} have no class in common (queries: "
-                        f"{few(sorted(set(query)))}; gallery: {few(sorted(known))}). Name the class folders alike")
+            raise UserError(
+                f"every class of DIR {args.gallery} has a single image, so that no query has another one "
+                "of its class. Add images, or give the queries with --queries"
+            )
+        raise UserError(
+            f"--queries {args.queries} and DIR {args.gallery} have no class in common (queries: "
+            f"{few(sorted(set(query)))}; gallery: {few(sorted(known))}). Name the class folders alike"
+        )
     if max(args.recall_at) > others:
-        raise UserError(f"Recall@{max(args.recall_at)} needs as many gallery images for a query, and there are "
-                        f"{others}. Give smaller numbers with --recall-at, or more images")
+        raise UserError(
+            f"Recall@{max(args.recall_at)} needs as many gallery images for a query, and there are "
+            f"{others}. Give smaller numbers with --recall-at, or more images"
+        )
 
 
 def _positives(query: list[str], gallery: list[str], leaves_one_out: bool) -> list[int]:
@@ -194,15 +241,20 @@ def _say_what_is_compared(task: Task) -> int:
     for images, what in ((task.gallery, "gallery"), (task.query, "queries"))[: 2 - task.leaves_one_out]:
         if images.unreadable:
             print(f"{images.unreadable} images of the {what} cannot be read and are left out")
-    how = "each against all others" if task.leaves_one_out else (
-        f"against {len(gallery)} gallery images of {len(set(gallery))} classes")
+    how = (
+        "each against all others"
+        if task.leaves_one_out
+        else (f"against {len(gallery)} gallery images of {len(set(gallery))} classes")
+    )
     print(f"{len(query)} queries of {len(set(query))} classes, {how}")
     positives = _positives(query, gallery, task.leaves_one_out)
     alone = [name for name, count in zip(query, positives, strict=True) if not count]
     if alone:
         why = "with a single image" if task.leaves_one_out else "that the gallery lacks"
-        print(f"{len(alone)} queries have no positives and are left out of Recall and mAP@R: those of "
-              f"{len(set(alone))} classes {why} ({few(sorted(set(alone)))})")
+        print(
+            f"{len(alone)} queries have no positives and are left out of Recall and mAP@R: those of "
+            f"{len(set(alone))} classes {why} ({few(sorted(set(alone)))})"
+        )
     return len(alone)
 
 
@@ -219,15 +271,19 @@ def _draw(path: Path, task: Task, faim: Ranking, args: argparse.Namespace) -> No
         return [tile(task.query, i), *(tile(task.gallery, n, right) for n, right in neighbours)]
 
     random, wrong = choose_rows((faim.positives_Q > 0).cpu().numpy(), right_QK[:, 0], args.sheet_rows, args.seed)
-    sections = [(f"queries at random, and their {task.neighbours} nearest under FAIM", [row(i) for i in random]),
-                ("queries whose nearest image is of another class", [row(i) for i in wrong])]
+    sections = [
+        (f"queries at random, and their {task.neighbours} nearest under FAIM", [row(i) for i in random]),
+        ("queries whose nearest image is of another class", [row(i) for i in wrong]),
+    ]
     draw_sheet(path, sections, task.neighbours)
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.queries is not None and Path(args.queries).resolve() == Path(args.gallery).resolve():
-        raise UserError(f"--queries {args.queries} is the gallery itself, where each image would find itself. Leave "
-                        "--queries out: then each image is compared with all others")
+        raise UserError(
+            f"--queries {args.queries} is the gallery itself, where each image would find itself. Leave "
+            "--queries out: then each image is compared with all others"
+        )
     if find_spec("sklearn") is None:
         raise UserError("NMI needs scikit-learn: pip install 'timm-faim[metric]'")
 

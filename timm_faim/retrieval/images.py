@@ -68,24 +68,34 @@ def open_model(checkpoint: str) -> tuple[nn.Module, FAIMHead]:
     name = f"local-dir:{checkpoint}" if Path(checkpoint).is_dir() else checkpoint
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = did_you_mean(name.split(".")[0], timm.list_models())
-        raise UserError(f"--checkpoint {checkpoint} is no folder and no timm model.{near} Name the run folder of a "
-                        "training, or hf-hub:ORG/NAME")
+        raise UserError(
+            f"--checkpoint {checkpoint} is no folder and no timm model.{near} Name the run folder of a "
+            "training, or hf-hub:ORG/NAME"
+        )
     try:
         model = timm.create_model(name, pretrained=True).eval()
     except MODEL_ERRORS as e:
-        raise UserError(f"cannot open --checkpoint {checkpoint}: {' '.join(str(e).split())}. Name the run folder of a "
-                        "training, hf-hub:ORG/NAME, or a timm model that has weights") from e
+        raise UserError(
+            f"cannot open --checkpoint {checkpoint}: {' '.join(str(e).split())}. Name the run folder of a "
+            "training, hf-hub:ORG/NAME, or a timm model that has weights"
+        ) from e
     heads = faim_heads(model)
     if not heads:
-        raise UserError(f"--checkpoint {checkpoint} has no FAIM head. Train one under a faim_ name, or convert the "
-                        "model with timm_faim.convert")
+        raise UserError(
+            f"--checkpoint {checkpoint} has no FAIM head. Train one under a faim_ name, or convert the "
+            "model with timm_faim.convert"
+        )
     if len(heads) > 1:
-        raise UserError(f"--checkpoint {checkpoint} has {len(heads)} FAIM heads ({', '.join(heads)}), and retrieval "
-                        "needs the features of one. Use a model with one classifier")
+        raise UserError(
+            f"--checkpoint {checkpoint} has {len(heads)} FAIM heads ({', '.join(heads)}), and retrieval "
+            "needs the features of one. Use a model with one classifier"
+        )
     head = next(iter(heads.values()))
     if not all(torch.isfinite(parameter).all() for parameter in head.metric.parameters()):
-        raise UserError(f"the metric of --checkpoint {checkpoint} has parameters that are not finite. Use the weights "
-                        "of an earlier epoch")
+        raise UserError(
+            f"the metric of --checkpoint {checkpoint} has parameters that are not finite. Use the weights "
+            "of an earlier epoch"
+        )
     return model, head
 
 
@@ -106,8 +116,10 @@ def open_folder(folder: str, flag: str, channels: int, skip_unreadable: bool) ->
     try:
         dataset = create_dataset("", root=folder, search_split=False, input_img_mode="L" if channels == 1 else "RGB")
     except (RuntimeError, OSError) as e:
-        raise UserError(f"cannot open the images of {flag} {folder}: {' '.join(str(e).split())}. Give a folder with "
-                        "one folder of images per class") from e
+        raise UserError(
+            f"cannot open the images of {flag} {folder}: {' '.join(str(e).split())}. Give a folder with "
+            "one folder of images per class"
+        ) from e
     images = CheckedImages(dataset, skip=skip_unreadable, is_training=False)
     reader = reader_of(images)
     put_in_order(reader, has_class_map=False)
@@ -117,8 +129,15 @@ def open_folder(folder: str, flag: str, channels: int, skip_unreadable: bool) ->
 
 
 def read_images(
-    folder: Folder, model: nn.Module, head: FAIMHead, config: dict[str, Any], device: torch.device, *,
-    batch_size: int, workers: int, amp: bool,
+    folder: Folder,
+    model: nn.Module,
+    head: FAIMHead,
+    config: dict[str, Any],
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    amp: bool,
 ) -> Images:
     """The features of all images of a folder.
 
@@ -135,18 +154,25 @@ def read_images(
         UserError: an image that cannot be read, or features that are not finite; the image is named.
     """
     loader = create_loader(
-        folder.images, config["input_size"], batch_size, mean=config["mean"], std=config["std"],
-        interpolation=config["interpolation"], crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
-        num_workers=workers, persistent_workers=False, pin_memory=device.type == "cuda", device=device,
+        folder.images,
+        config["input_size"],
+        batch_size,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=workers,
+        persistent_workers=False,
+        pin_memory=device.type == "cuda",
+        device=device,
     )
     features_ND, targets_N = _features(model, head, loader, folder.images, amp)
     readable = (targets_N != UNREADABLE).nonzero().flatten().tolist()
     return Images(features_ND[readable], [folder.class_names[i] for i in readable], readable, Pictures(loader))
 
 
-def _features(
-    model: nn.Module, head: FAIMHead, loader: Any, images: CheckedImages, amp: bool,
-) -> tuple[Tensor, Tensor]:
+def _features(model: nn.Module, head: FAIMHead, loader: Any, images: CheckedImages, amp: bool) -> tuple[Tensor, Tensor]:
     def forward(batch: Tensor) -> None:
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
             model(batch)
@@ -158,8 +184,10 @@ def _features(
         bad = ((~torch.isfinite(x_BD).all(1)).cpu() & (target.cpu() != UNREADABLE)).nonzero()
         if len(bad):
             name = images.images.filename(seen_images + int(bad[0]), absolute=True)
-            raise UserError(f"the features of {name} are not finite. Check the image; if all images are like that, "
-                            "the weights of the model")
+            raise UserError(
+                f"the features of {name} are not finite. Check the image; if all images are like that, "
+                "the weights of the model"
+            )
         features.append(x_BD)
         targets.append(target.cpu())
         seen_images += len(target)

@@ -62,8 +62,15 @@ def average_precision_at_r(correct_BK: Tensor, positives_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank(
-    query_QD: Tensor, query_labels_Q: Tensor, gallery_ND: Tensor, gallery_labels_N: Tensor, between: Between,
-    at: Sequence[int], keep: int = 1, exclude_self: bool = False, chunk: int | None = None,
+    query_QD: Tensor,
+    query_labels_Q: Tensor,
+    gallery_ND: Tensor,
+    gallery_labels_N: Tensor,
+    between: Between,
+    at: Sequence[int],
+    keep: int = 1,
+    exclude_self: bool = False,
+    chunk: int | None = None,
 ) -> Ranking:
     """Search the gallery for each query and judge what comes first.
 
@@ -84,9 +91,7 @@ def rank(
     positives_Q = count_positives(query_labels_Q, gallery_labels_N, exclude_self)
     k = max(*at, keep, int(positives_Q.max()))
     parts, start = [], 0
-    for d_BK, index_BK in nearest(
-        query_QD, gallery_ND, between, k, exclude_self, chunk or chunk_for(len(gallery_ND))
-    ):
+    for d_BK, index_BK in nearest(query_QD, gallery_ND, between, k, exclude_self, chunk or chunk_for(len(gallery_ND))):
         rows = slice(start, start + len(index_BK))
         correct_BK = gallery_labels_N[index_BK] == query_labels_Q[rows, None]
         hits_BM = torch.stack([correct_BK[:, :n].any(1) for n in at], 1)

@@ -19,7 +19,7 @@ def chunk_for(gallery_size: int) -> int:
 
 
 def nearest(
-    query_QD: Tensor, gallery_ND: Tensor, distance: Between, k: int, exclude_self: bool = False, chunk: int = 1024,
+    query_QD: Tensor, gallery_ND: Tensor, distance: Between, k: int, exclude_self: bool = False, chunk: int = 1024
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The k nearest gallery points of each query, nearest first; every distance is looked at.
 
@@ -53,7 +53,7 @@ def nearest(
 
 
 def _search(
-    query_QD: Tensor, gallery_ND: Tensor, distance: Between, k: int, exclude_self: bool, chunk: int,
+    query_QD: Tensor, gallery_ND: Tensor, distance: Between, k: int, exclude_self: bool, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     numbers_N = torch.arange(len(gallery_ND), device=gallery_ND.device)
     for start in range(0, len(query_QD), chunk):

@@ -82,7 +82,7 @@ def draw_sheet(path: Path, sections: Sequence[tuple[str, Sequence[Sequence[Tile]
 
 
 def _place(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, tile: Tile, left: int, top: int,
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, tile: Tile, left: int, top: int
 ) -> None:
     picture = Image.fromarray(tile.picture).convert("RGB")
     scale = TILE / max(picture.size)
@@ -112,5 +112,5 @@ def _fit(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     while font.getlength(shown) > width and kept > 2:
         kept -= 1
         tail = (kept + 1) // 2
-        shown = f"{text[:kept - tail]}…{text[-tail:]}"
+        shown = f"{text[: kept - tail]}…{text[-tail:]}"
     return shown

@@ -1,4 +1,5 @@
 """CSV files that a spreadsheet opens as what they say: text is never taken for a formula."""
+
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
     File names that are not valid UTF-8 keep their bytes.
     """
-    with atomic_write(path) as temporary, \
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
         csv.writer(stream, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
 
 

@@ -1,4 +1,5 @@
 """Errors that a person can mend, shown as one line instead of a traceback."""
+
 import argparse
 import difflib
 import errno
@@ -31,12 +32,33 @@ class RankError(UserError):
 
 
 # The ways in which timm, torch and safetensors say that a name, its arguments or its weights do not do.
-MODEL_ERRORS = (ValueError, TypeError, RuntimeError, OSError, AssertionError, LookupError, AttributeError, EOFError,
-                RecursionError, UnpicklingError, SafetensorError)
-LOST_PROCESS = ("another process of this run has ended; its own message says why. Without one it was killed, most "
-                "often for want of memory. What was saved is kept; go on with --resume auto")
-_LOST = ("onnection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "failed to recv",
-         "remote process exited", "recvValue failed", "sendBytes failed")  # of gloo, NCCL and torch's store
+MODEL_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    OSError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    UnpicklingError,
+    SafetensorError,
+)
+LOST_PROCESS = (
+    "another process of this run has ended; its own message says why. Without one it was killed, most "
+    "often for want of memory. What was saved is kept; go on with --resume auto"
+)
+_LOST = (
+    "onnection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "failed to recv",
+    "remote process exited",
+    "recvValue failed",
+    "sendBytes failed",
+)  # of gloo, NCCL and torch's store
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -88,21 +110,27 @@ def resource_advice(args: argparse.Namespace) -> Iterator[None]:
         if lost := lost_worker(e):
             raise RankError(
                 f"loader worker {lost} was lost: killed, most often for want of memory or of space in "
-                "/dev/shm. Try fewer --workers; what was saved is kept, go on with --resume auto") from e
+                "/dev/shm. Try fewer --workers; what was saved is kept, go on with --resume auto"
+            ) from e
         if "Expected more than 1 value per channel" in str(e):
-            raise RankError(f"batch norm cannot train on one value: --batch-size {args.batch_size} is too small for "
-                            "this model and image size. Give at least --batch-size 2, or a larger --img-size") from e
+            raise RankError(
+                f"batch norm cannot train on one value: --batch-size {args.batch_size} is too small for "
+                "this model and image size. Give at least --batch-size 2, or a larger --img-size"
+            ) from e
         if isinstance(e, ValueError) or not should_reduce_batch_size(e):
             raise
         half, twice = max(1, args.batch_size // 2), 2 * args.grad_accum_steps
         raise RankError(
             f"out of memory with --batch-size {args.batch_size}. Try --batch-size {half} --grad-accum-steps {twice}, "
             "the same number of images an update, or --grad-checkpointing, --amp --amp-dtype bfloat16, or a smaller "
-            "--img-size") from e
+            "--img-size"
+        ) from e
     except (OSError, SafetensorError) as e:
         if not _is_of(e, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         output = Path(args.output)
         free = shutil.disk_usage(output if output.exists() else ".").free / 2**20
-        raise RankError(f"cannot write to the run folder: {' '.join(str(e).split())} ({free:.0f} MiB free in {output})."
-                        " What was saved before is kept; free some space and go on with --resume auto") from e
+        raise RankError(
+            f"cannot write to the run folder: {' '.join(str(e).split())} ({free:.0f} MiB free in {output})."
+            " What was saved before is kept; free some space and go on with --resume auto"
+        ) from e

@@ -1,4 +1,5 @@
 """The run folder and whole-or-nothing writes into it."""
+
 import os
 import shutil
 import tempfile

@@ -1,4 +1,5 @@
 """What is done of a run after its last epoch, on record in its folder, so that a resumed run does only what is left."""
+
 import argparse
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Rows of tensors exchanged between processes."""
+
 import torch
 from accelerate import Accelerator
 

@@ -1,4 +1,5 @@
 """One run writes to a run folder at a time: a lock that the system takes back when its process ends."""
+
 import os
 import shutil
 from pathlib import Path
@@ -30,8 +31,9 @@ def lock_run_folder(folder: Path) -> None:
             owner = stream.read().strip()
             stream.close()
             whose = f" (process {owner})" if owner else ""
-            raise UserError(f"another run writes to {folder}{whose}. Wait for it or end it, or choose another "
-                            "--experiment") from None
+            raise UserError(
+                f"another run writes to {folder}{whose}. Wait for it or end it, or choose another --experiment"
+            ) from None
         except OSError:  # a file system without locks
             pass
         stream.truncate(0)

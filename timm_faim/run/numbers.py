@@ -1,4 +1,5 @@
 """Numbers of the command line and of recipes: each option states its range where it is declared, checked here alone."""
+
 import argparse
 import math
 from dataclasses import dataclass
@@ -24,16 +25,20 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = math.nan
-        if not (self.least <= value <= self.most) or (self.above and value == self.least) or (
-                self.below and value == self.most):
+        if (
+            not (self.least <= value <= self.most)
+            or (self.above and value == self.least)
+            or (self.below and value == self.most)
+        ):
             raise argparse.ArgumentTypeError(f"must be {self}, got {text}")
         return value
 
     def __str__(self) -> str:
         what = "a whole number" if self.kind is int else "a number"
         if self.above or self.below:
-            return (f"{what} {'>' if self.above else '>='} {self.least:g} and {'<' if self.below else '<='} "
-                    f"{self.most:g}")
+            return (
+                f"{what} {'>' if self.above else '>='} {self.least:g} and {'<' if self.below else '<='} {self.most:g}"
+            )
         return f"{what} in {self._short(self.least)}..{self._short(self.most)}"
 
     @staticmethod

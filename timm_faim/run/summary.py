@@ -1,4 +1,5 @@
 """What a run tells while it trains: args.yaml, summary.csv and one line an epoch."""
+
 import csv
 import re
 from pathlib import Path
@@ -35,9 +36,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def append_summary(
-        path: Path, epoch: int, train: dict[str, Any], val: dict[str, Any], lr: float | None = None,
-) -> None:
+def append_summary(path: Path, epoch: int, train: dict[str, Any], val: dict[str, Any], lr: float | None = None) -> None:
     """Add a row after `epoch` epochs, 0 for the start, to summary.csv, with the columns of timm's `update_summary`.
 
     timm's function writes no header anew where a row has other columns: an epoch without validation leaves cells empty.
@@ -81,19 +80,21 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_csv(path, [columns, *([row.get(key, "") for key in columns] for row in rows)])
 
 
-def epoch_line(
-        epoch: int, epochs: int, train: dict[str, Any], val: dict[str, Any], is_best: bool,
-) -> str:
+def epoch_line(epoch: int, epochs: int, train: dict[str, Any], val: dict[str, Any], is_best: bool) -> str:
     """One line for a person; `val` is empty in an epoch without validation."""
-    return (f"epoch {epoch:3d}/{epochs}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
-            f"{' | ' if val else ''}{validation_line(val)} | {train['images_per_s']:.0f} images/s, "
-            f"{train['seconds']:.1f} s{'  *' if is_best else ''}")
+    return (
+        f"epoch {epoch:3d}/{epochs}: training loss {train['loss']:.3f}, top-1 {train['top1']:5.1f} %"
+        f"{' | ' if val else ''}{validation_line(val)} | {train['images_per_s']:.0f} images/s, "
+        f"{train['seconds']:.1f} s{'  *' if is_best else ''}"
+    )
 
 
 def validation_line(val: dict[str, Any]) -> str:
     """The numbers of a validation; empty without one."""
     if "top1" in val:
-        return (f"validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} % of "
-                f"{val['samples']} images")
+        return (
+            f"validation loss {val['loss']:.3f}, top-1 {val['top1']:5.1f} %, top-5 {val['top5']:5.1f} % of "
+            f"{val['samples']} images"
+        )
     numbers = ", ".join(f"{key} {value:.3f}" for key, value in val.items() if key != "samples")
     return f"validation {numbers}" if val else ""

@@ -1,4 +1,5 @@
 """Weights and model description, in the form that `timm.create_model('local-dir:…', pretrained=True)` opens."""
+
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -18,8 +19,12 @@ TOP = "top"  # folder of the best epochs' weights
 
 
 def save_config(
-        model: torch.nn.Module, path: Path, data_config: dict[str, Any], label_names: list[str] | None,
-        pretrained: bool, class_order: list[str] | None = None,
+    model: torch.nn.Module,
+    path: Path,
+    data_config: dict[str, Any],
+    label_names: list[str] | None,
+    pretrained: bool,
+    class_order: list[str] | None = None,
 ) -> None:
     """Write config.json: architecture, arguments, preprocessing and labels.
 
@@ -58,7 +63,7 @@ def save_weights(state: dict[str, torch.Tensor], folder: Path, is_best: bool) ->
 
 
 def keep_best_epochs(
-        folder: Path, kept: list[dict[str, Any]], epoch: int, metric: float, decreasing: bool, count: int,
+    folder: Path, kept: list[dict[str, Any]], epoch: int, metric: float, decreasing: bool, count: int
 ) -> list[dict[str, Any]]:
     """Keep last.safetensors under the epoch's name if it is among the best `count`; remove what falls out.
 
@@ -75,8 +80,10 @@ def keep_best_epochs(
     """
     if count <= 1:
         return []
-    ranked = sorted([*(k for k in kept if k["epoch"] != epoch), {"epoch": epoch, "metric": metric}],
-                    key=lambda k: (k["metric"] if decreasing else -k["metric"], k["epoch"]))
+    ranked = sorted(
+        [*(k for k in kept if k["epoch"] != epoch), {"epoch": epoch, "metric": metric}],
+        key=lambda k: (k["metric"] if decreasing else -k["metric"], k["epoch"]),
+    )
     kept, dropped = ranked[:count], ranked[count:]
     top = folder / TOP
     top.mkdir(exist_ok=True)
@@ -121,8 +128,10 @@ def check_same_head(model: torch.nn.Module, folder: Path, asked: Collection[str]
     differ = [key for key in now if key in saved and now[key] != saved[key] and key not in asked]
     if differ:
         options = " ".join(f"{key}={saved[key]!r}" for key in differ)
-        raise UserError(f"the run in {folder} was made with a head of {options}, which is not what these options make "
-                        f"now. Go on with --resume {folder} alone, or give --faim-cfg {options}")
+        raise UserError(
+            f"the run in {folder} was made with a head of {options}, which is not what these options make "
+            f"now. Go on with --resume {folder} alone, or give --faim-cfg {options}"
+        )
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -160,5 +169,6 @@ def whole_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def save_batch(path: Path, images: torch.Tensor, target: torch.Tensor) -> None:
     """Write a batch, for looking at what made a loss non-finite."""
     with atomic_write(path) as temporary:
-        save_file({"input": images.detach().cpu().contiguous(), "target": target.detach().cpu().contiguous()},
-                  temporary)
+        save_file(
+            {"input": images.detach().cpu().contiguous(), "target": target.detach().cpu().contiguous()}, temporary
+        )

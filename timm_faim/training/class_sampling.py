@@ -1,4 +1,5 @@
 """Batches of P classes with K images each (Hermans et al. 2017), for losses that compare images of a class."""
+
 import argparse
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +23,7 @@ class _Deck:
         while len(hand) < count:
             shuffled = self.generator.permutation(self.cards)
             new = shuffled[~np.isin(shuffled, hand)] if count <= len(self.cards) else shuffled
-            new = new[:count - len(hand)]
+            new = new[: count - len(hand)]
             self.rest = shuffled[~np.isin(shuffled, new)]
             hand = np.concatenate([hand, new])
         return hand
@@ -47,7 +48,7 @@ class ClassSampler:
     """
 
     def __init__(
-            self, targets: Sequence[int], batch_size: int, samples_per_class: int, processes: int, rank: int, seed: int,
+        self, targets: Sequence[int], batch_size: int, samples_per_class: int, processes: int, rank: int, seed: int
     ) -> None:
         targets = np.asarray(targets)
         self.images = {int(c): np.flatnonzero(targets == c) for c in np.unique(targets)}
@@ -57,13 +58,17 @@ class ClassSampler:
             raise UserError(f"--samples-per-class {samples_per_class} must divide --batch-size {batch_size}")
         self.classes = batch_size // samples_per_class  # P
         if self.classes * processes > len(self.images):
-            raise UserError(f"--batch-size {batch_size} with --samples-per-class {samples_per_class} takes "
-                            f"{self.classes * processes} classes a step, and the data have {len(self.images)}. Choose "
-                            "a smaller --batch-size or more --samples-per-class")
+            raise UserError(
+                f"--batch-size {batch_size} with --samples-per-class {samples_per_class} takes "
+                f"{self.classes * processes} classes a step, and the data have {len(self.images)}. Choose "
+                "a smaller --batch-size or more --samples-per-class"
+            )
         self.steps = -(-len(targets) // processes) // batch_size  # as with timm's samplers
         if not self.steps:
-            raise UserError(f"--batch-size {batch_size} is larger than the training data ({len(targets)} images for "
-                            f"{processes} process(es)). Choose a smaller --batch-size")
+            raise UserError(
+                f"--batch-size {batch_size} is larger than the training data ({len(targets)} images for "
+                f"{processes} process(es)). Choose a smaller --batch-size"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the batches of this epoch from now on."""
@@ -75,7 +80,7 @@ class ClassSampler:
         decks = {c: _Deck(images, generator) for c, images in self.images.items()}
         for _ in range(self.steps):
             hands = [decks[c].deal(self.samples_per_class) for c in classes.deal(self.classes * self.processes)]
-            mine = hands[self.rank * self.classes:(self.rank + 1) * self.classes]
+            mine = hands[self.rank * self.classes : (self.rank + 1) * self.classes]
             yield from np.concatenate(mine).tolist()
 
     def __len__(self) -> int:
@@ -92,7 +97,15 @@ def build_class_sampler(args: argparse.Namespace, data: TrainingData, accelerato
         return None
     targets = targets_of(data.train)
     if targets is None:
-        raise UserError(f"--samples-per-class needs to know the class of every image, which --dataset {args.dataset} "
-                        "does not tell. Leave it out and compare views of images: --views 2")
-    return ClassSampler(targets, args.batch_size, args.samples_per_class, accelerator.num_processes,
-                        accelerator.process_index, args.seed)
+        raise UserError(
+            f"--samples-per-class needs to know the class of every image, which --dataset {args.dataset} "
+            "does not tell. Leave it out and compare views of images: --views 2"
+        )
+    return ClassSampler(
+        targets,
+        args.batch_size,
+        args.samples_per_class,
+        accelerator.num_processes,
+        accelerator.process_index,
+        args.seed,
+    )

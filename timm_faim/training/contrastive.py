@@ -2,6 +2,7 @@
 
 The features that go into the head are compared with the features of all processes, and no parameter is added.
 """
+
 import argparse
 from collections.abc import Sequence
 from typing import Any
@@ -28,15 +29,19 @@ def parse_losses(words: Sequence[str]) -> dict[str, float]:
     for word in words:
         name, _, number = word.partition(":")
         if name not in LOSSES:
-            raise UserError(f"unknown loss in --contrastive {word}.{did_you_mean(name, LOSSES)} There are "
-                            f"{', '.join(LOSSES)}, with a weight as in infonce:0.1")
+            raise UserError(
+                f"unknown loss in --contrastive {word}.{did_you_mean(name, LOSSES)} There are "
+                f"{', '.join(LOSSES)}, with a weight as in infonce:0.1"
+            )
         try:
             weights[name], given = float(number or 1), name in weights
         except ValueError:
             raise UserError(f"--contrastive {word}: {number!r} is no number. Give a weight as in infonce:0.1") from None
         if given or not 0 < weights[name] < float("inf"):
-            raise UserError(f"--contrastive {word}: " + ("the loss is given twice" if given else
-                            "the weight must be a finite number above 0"))
+            raise UserError(
+                f"--contrastive {word}: "
+                + ("the loss is given twice" if given else "the weight must be a finite number above 0")
+            )
     return weights
 
 
@@ -68,8 +73,10 @@ class ContrastiveTask(ClassificationTask):
         super().__init__(model, criterion, **options)
         heads = list(faim_heads(model).values())
         if len(heads) != 1:
-            raise UserError(f"--contrastive compares the features of one FAIM head, and {args.model} has {len(heads)}. "
-                            "Leave it out, or choose another model")
+            raise UserError(
+                f"--contrastive compares the features of one FAIM head, and {args.model} has {len(heads)}. "
+                "Leave it out, or choose another model"
+            )
         self.weights = parse_losses(args.contrastive)
         self.contrastive = nn.ModuleDict({name: build_loss(name, args, heads[0]) for name in self.weights})
         self._head = (heads[0],)  # in a tuple: the model owns it
@@ -95,8 +102,9 @@ class ContrastiveTask(ClassificationTask):
         """The features [B, D] of the forward pass just made, averaged over places and tokens."""
         features = self._tap.take().get("head")
         if features is None:
-            raise UserError("--contrastive needs the input of the FAIM head, which this model does not call. Choose "
-                            "another model")
+            raise UserError(
+                "--contrastive needs the input of the FAIM head, which this model does not call. Choose another model"
+            )
         return pooled(features, self._head[0].in_features)
 
 

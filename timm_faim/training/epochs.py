@@ -1,4 +1,5 @@
 """The run over its epochs: train, evaluate, save, report; from where the progress stands."""
+
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -10,14 +11,7 @@ from timm_faim import faim_heads
 from timm_faim.report.plots import draw_learning_curve, has_matplotlib
 from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import UserError
-from timm_faim.run.summary import (
-    append_summary,
-    cut_summary,
-    epoch_line,
-    head_metrics,
-    read_summary,
-    validation_line,
-)
+from timm_faim.run.summary import append_summary, cut_summary, epoch_line, head_metrics, read_summary, validation_line
 from timm_faim.run.weights import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
 from timm_faim.training.loop import Training, check_weights, train_one_epoch
@@ -54,12 +48,16 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
             if trained is not None:
                 finish_epoch(run, trained, val_loader, image_loaders, epochs, log)
             if run.is_stopping and progress.epoch < last:
-                log(f"asked to stop: epoch {progress.epoch + 1}, batch {progress.step + 1} is saved in "
-                    f"{run.run_folder}. Go on with --resume auto")
+                log(
+                    f"asked to stop: epoch {progress.epoch + 1}, batch {progress.step + 1} is saved in "
+                    f"{run.run_folder}. Go on with --resume auto"
+                )
                 return False
     except KeyboardInterrupt:
-        log(f"\nstopped by Ctrl-C in epoch {progress.epoch + 1}; {progress.epoch} finished epochs are kept in "
-            f"{run.run_folder}. Go on from the last checkpoint with --resume auto")
+        log(
+            f"\nstopped by Ctrl-C in epoch {progress.epoch + 1}; {progress.epoch} finished epochs are kept in "
+            f"{run.run_folder}. Go on from the last checkpoint with --resume auto"
+        )
         sys.exit(130)
     return True
 
@@ -77,8 +75,7 @@ def finish_start(run: Training, val_loader: Any, log: Callable) -> None:
 
 
 def finish_epoch(
-        run: Training, trained: dict[str, Any], val_loader: Any, image_loaders: Sequence[Any], epochs: int,
-        log: Callable,
+    run: Training, trained: dict[str, Any], val_loader: Any, image_loaders: Sequence[Any], epochs: int, log: Callable
 ) -> None:
     """Evaluate, save weights and checkpoint, write and print the row of an epoch whose batches are done."""
     args, accelerator, progress, epoch = run.args, run.accelerator, run.progress, run.progress.epoch + 1
@@ -91,8 +88,10 @@ def finish_epoch(
     if run.refit is not None and epoch == epochs and _has_refitted(run, validated, log) and is_evaluated:
         validated = _validate(run, val_loader)
     if not math.isfinite(validated.get("loss", 0.0)):
-        raise UserError(f"the validation loss is {validated['loss']} after epoch {epoch}. Checkpoints of earlier "
-                        f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad")
+        raise UserError(
+            f"the validation loss is {validated['loss']} after epoch {epoch}. Checkpoints of earlier "
+            f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad"
+        )
     unreadable = count_unreadable(image_loaders, accelerator) if args.skip_unreadable else 0
 
     if len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
@@ -119,13 +118,19 @@ def _validate(run: Training, val_loader: Any) -> dict[str, Any]:
 
 
 def _keep(
-        run: Training, epoch: int, trained: dict[str, Any], validated: dict[str, Any], metric: float | None,
-        decreasing: bool, lr: float | None = None,
+    run: Training,
+    epoch: int,
+    trained: dict[str, Any],
+    validated: dict[str, Any],
+    metric: float | None,
+    decreasing: bool,
+    lr: float | None = None,
 ) -> bool:
     """Save the weights after `epoch` epochs, add their row, draw the curves; whether they are the best so far."""
     progress, folder = run.progress, run.run_folder
     is_best = metric is not None and (
-        progress.best is None or (metric < progress.best if decreasing else metric > progress.best))
+        progress.best is None or (metric < progress.best if decreasing else metric > progress.best)
+    )
     progress.best = metric if is_best else progress.best
     check_weights(run)
     state = run.whole_state()
@@ -152,7 +157,7 @@ def _has_refitted(run: Training, validated: dict[str, Any], log: Callable) -> bo
 
 
 def chosen_metric(
-        name: str, trained: dict[str, Any], validated: dict[str, Any], has_validation: bool,
+    name: str, trained: dict[str, Any], validated: dict[str, Any], has_validation: bool
 ) -> tuple[float | None, bool]:
     """The metric that chooses the best epoch, None in an epoch without validation, and whether less is better.
 

@@ -3,6 +3,7 @@
 The frozen backbone sees every image once, or `--cache-views` times augmented; the features that it hands to its
 classifier stay on the device and take the images' place in the ordinary training loop.
 """
+
 import argparse
 from collections.abc import Iterator
 from typing import Any
@@ -30,8 +31,7 @@ class FeatureLoader:
     """
 
     def __init__(
-            self, features: torch.Tensor, target: torch.Tensor, batch_size: int, accelerator: Accelerator,
-            is_training: bool,
+        self, features: torch.Tensor, target: torch.Tensor, batch_size: int, accelerator: Accelerator, is_training: bool
     ) -> None:
         self.features, self.target, self.batch_size, self.is_training = features, target, batch_size, is_training
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -40,8 +40,10 @@ class FeatureLoader:
         mine = range(self.rank, len(target), self.world)
         self.num_valid_samples = len(mine)
         if is_training and len(self) == 0:
-            raise UserError(f"--batch-size {batch_size} is larger than the training data ({len(target)} features for "
-                            f"{self.world} process(es)). Choose a smaller --batch-size")
+            raise UserError(
+                f"--batch-size {batch_size} is larger than the training data ({len(target)} features for "
+                f"{self.world} process(es)). Choose a smaller --batch-size"
+            )
 
     def order(self, seed: int, epoch: int) -> None:
         """Shuffle for an epoch, the same in every process."""
@@ -53,9 +55,9 @@ class FeatureLoader:
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches from number `start` on."""
         everything = torch.arange(len(self.target)) if self.permutation is None else self.permutation
-        mine = everything[self.rank::self.world].to(self.target.device)
+        mine = everything[self.rank :: self.world].to(self.target.device)
         for batch in range(start, len(self)):
-            chosen = mine[batch * self.batch_size:(batch + 1) * self.batch_size]
+            chosen = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self.features[chosen], self.target[chosen]
 
     def __len__(self) -> int:
@@ -87,14 +89,20 @@ def only_classifier(model: torch.nn.Module) -> torch.nn.Module:
     """
     classifier = model.get_classifier()
     if isinstance(classifier, (tuple, list)):
-        raise UserError("--cache-features trains one classifier on the features that go into it, and this model has "
-                        f"{len(classifier)}. Use --head-only, which works with any model")
+        raise UserError(
+            "--cache-features trains one classifier on the features that go into it, and this model has "
+            f"{len(classifier)}. Use --head-only, which works with any model"
+        )
     return classifier
 
 
 def cache_features(
-        args: argparse.Namespace, model: torch.nn.Module, train_order: TrainingOrder, clean_loader: Any,
-        val_loader: Any, accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    train_order: TrainingOrder,
+    clean_loader: Any,
+    val_loader: Any,
+    accelerator: Accelerator,
 ) -> tuple[FeatureOrder, FeatureLoader | None]:
     """Compute the classifier's inputs once.
 
@@ -112,8 +120,10 @@ def cache_features(
     """
     classifier = only_classifier(model)
     if args.cache_views:
-        views = [_embed(model, classifier, train_order.batches(view), len(train_order), accelerator, args)
-                 for view in range(args.cache_views)]
+        views = [
+            _embed(model, classifier, train_order.batches(view), len(train_order), accelerator, args)
+            for view in range(args.cache_views)
+        ]
         features, target = (gather_rows(torch.cat(parts), accelerator) for parts in zip(*views, strict=True))
     else:
         features, target = _embed(model, classifier, clean_loader, len(clean_loader), accelerator, args)
@@ -128,8 +138,12 @@ def cache_features(
 
 
 def _embed(
-        model: torch.nn.Module, classifier: torch.nn.Module, batches: Any, count: int, accelerator: Accelerator,
-        args: argparse.Namespace,
+    model: torch.nn.Module,
+    classifier: torch.nn.Module,
+    batches: Any,
+    count: int,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     def forward(images: torch.Tensor) -> None:
         if args.channels_last:
@@ -138,8 +152,14 @@ def _embed(
             model(images)
 
     features, targets = [], []
-    bar = tqdm(batches, desc="features", total=count, unit="batch", leave=False,
-               disable=None if accelerator.is_main_process else True)
+    bar = tqdm(
+        batches,
+        desc="features",
+        total=count,
+        unit="batch",
+        leave=False,
+        disable=None if accelerator.is_main_process else True,
+    )
     for inputs, target in layer_inputs(model, {"classifier": classifier}, bar, forward):
         features.append(inputs["classifier"].float())
         targets.append(target)

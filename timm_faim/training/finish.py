@@ -1,4 +1,5 @@
 """What is written once a run has ended, and by --eval-only: tables, pictures and the page."""
+
 import argparse
 import json
 from collections.abc import Callable
@@ -27,8 +28,13 @@ from timm_faim.training.loop import Training
 
 
 def evaluate_only(
-        args: argparse.Namespace, model: torch.nn.Module, data: TrainingData, val_loader: Any,
-        img_size: int, accelerator: Accelerator, log: Callable,
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    data: TrainingData,
+    val_loader: Any,
+    img_size: int,
+    accelerator: Accelerator,
+    log: Callable,
 ) -> None:
     """--eval-only: evaluate a model on any number of processes, every image once, and write what came out.
 
@@ -45,21 +51,24 @@ def evaluate_only(
         UserError: the data have other classes than the model.
     """
     if model.num_classes != data.num_classes:
-        raise UserError(f"the model has {model.num_classes} classes and the validation data {data.num_classes}. Give "
-                        "the class folders of the training, or its classes in order with --class-map; where the model "
-                        f"was trained with more classes than folders, --num-classes {model.num_classes}")
+        raise UserError(
+            f"the model has {model.num_classes} classes and the validation data {data.num_classes}. Give "
+            "the class folders of the training, or its classes in order with --class-map; where the model "
+            f"was trained with more classes than folders, --num-classes {model.num_classes}"
+        )
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     if not names and args.model.startswith("local-dir:"):
         names = saved_class_order(Path(args.model.removeprefix("local-dir:")))
     if names and data.class_order:  # the first classes alone do: --num-classes says how many the model has
-        check_same_classes(data.class_order, list(names)[:len(data.class_order)], "the model")
+        check_same_classes(data.class_order, list(names)[: len(data.class_order)], "the model")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     folder = None
     if accelerator.is_main_process:
         folder = create_run_folder(args.output, args.experiment, f"eval-{args.model.split('/')[-1]}", img_size)
     if args.multi_label:
-        create_evaluator = partial(MultiLabelClassificationEvaluator, accelerator.device,
-                                   threshold=args.multilabel_threshold)
+        create_evaluator = partial(
+            MultiLabelClassificationEvaluator, accelerator.device, threshold=args.multilabel_threshold
+        )
         metrics = evaluate(prepared, val_loader, accelerator, args, create_evaluator)
         if folder is not None:
             with atomic_write(folder / "eval.json") as temporary:
@@ -88,28 +97,49 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
     evaluation = None
     if val_loader is not None and not args.multi_label:
         folder = run.run_folder / "eval" if accelerator.is_main_process else None
-        evaluation = _write(model, data, val_loader, accelerator, args, folder,
-                            {"model": args.model, "weights": str(run.run_folder / BEST)}, log)
+        evaluation = _write(
+            model,
+            data,
+            val_loader,
+            accelerator,
+            args,
+            folder,
+            {"model": args.model, "weights": str(run.run_folder / BEST)},
+            log,
+        )
     if accelerator.is_main_process:
         is_stream = isinstance(data.train, IterableDataset)  # whose images cannot be read by their number
         try:
             page = write_report(
-                run.run_folder, model, read_summary(run.run_folder / "summary.csv"), label_names=data.label_names,
+                run.run_folder,
+                model,
+                read_summary(run.run_folder / "summary.csv"),
+                label_names=data.label_names,
                 evaluation=evaluation,
                 train_images=None if is_stream else build_fit_loader(args, data_config, accelerator, data.num_classes),
-                val_images=val_loader, options=run.run_folder / "args.yaml",
+                val_images=val_loader,
+                options=run.run_folder / "args.yaml",
             )
         except Exception as e:  # the training has ended well, whatever becomes of its pictures
             log(f"no report.html: {type(e).__name__}: {' '.join(str(e).split())}")
         else:
-            log(f"report: {page}" if page else "no report.html: matplotlib is not installed "
-                                               "(pip install 'timm-faim[train]')")
+            log(
+                f"report: {page}"
+                if page
+                else "no report.html: matplotlib is not installed (pip install 'timm-faim[train]')"
+            )
     accelerator.wait_for_everyone()
 
 
 def _write(
-        model: torch.nn.Module, data: TrainingData, val_loader: Any, accelerator: Accelerator,
-        args: argparse.Namespace, folder: Path | None, info: dict[str, Any], log: Callable,
+    model: torch.nn.Module,
+    data: TrainingData,
+    val_loader: Any,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    folder: Path | None,
+    info: dict[str, Any],
+    log: Callable,
 ) -> Any:
     evaluation = collect(model, val_loader, accelerator, args)
     if folder is not None:

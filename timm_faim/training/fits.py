@@ -1,4 +1,5 @@
 """Heads in closed form: before the first epoch (--head-init data), and from the trained features (--head-refit)."""
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], Non
 
     Its `UserError` is raised on all processes alike, and leaves the heads as they are.
     """
+
     def refit(run: Training) -> None:
         fit_heads_to(extract_model_from_parallel(run.evaluated), batches(run), run.accelerator, "--head-refit")
 

@@ -1,4 +1,5 @@
 """Parts of the model that do not learn: --freeze, --head-only and --train-last."""
+
 import argparse
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -47,14 +48,19 @@ def _freeze_matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Modul
     for pattern in patterns:
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            raise UserError(f"--freeze {pattern} matches no module of the model.{did_you_mean(pattern, names)} At the "
-                            f"top are {', '.join(name for name, _ in model.named_children())}")
+            raise UserError(
+                f"--freeze {pattern} matches no module of the model.{did_you_mean(pattern, names)} At the "
+                f"top are {', '.join(name for name, _ in model.named_children())}"
+            )
         matched.update(dict.fromkeys(hits))
     for name in matched:
         for parameter in modules[name].parameters() if name in modules else [parameters[name]]:
             parameter.requires_grad_(False)
-    return [modules[name] for name in matched
-            if name in modules and not any(name.startswith(f"{other}.") for other in matched)]
+    return [
+        modules[name]
+        for name in matched
+        if name in modules and not any(name.startswith(f"{other}.") for other in matched)
+    ]
 
 
 def classifier_parameters(model: nn.Module) -> set[str]:
@@ -88,9 +94,11 @@ def _last_parameters(model: nn.Module, count: int, model_name: str) -> set[str]:
     if stem is None or len(stem_and_rest) > 1 and blocks[:1] and blocks[0] <= set(stem_and_rest[0]):
         blocks = blocks[1:]
     if count > len(blocks):
-        raise UserError(f"--train-last {count}: {model_name} has {len(blocks)} blocks. Give at most {len(blocks)}, or "
-                        "leave it out to train everything")
-    return after.union(*blocks[len(blocks) - count:])
+        raise UserError(
+            f"--train-last {count}: {model_name} has {len(blocks)} blocks. Give at most {len(blocks)}, or "
+            "leave it out to train everything"
+        )
+    return after.union(*blocks[len(blocks) - count :])
 
 
 def _outermost_frozen(model: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,5 @@
 """Accelerate as the options ask for it: precision, compilation, sharding and experiment trackers."""
+
 import argparse
 import os
 from pathlib import Path
@@ -27,8 +28,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         options["dynamo_plugin"] = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.fsdp:
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-            state_dict_type="sharded_state_dict", transformer_cls_names_to_wrap=[],
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            state_dict_type="sharded_state_dict",
+            transformer_cls_names_to_wrap=[],
             # Weights stay in float32 and autocast lowers the precision, as without sharding: distances need it.
             mixed_precision_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
         )
@@ -36,11 +40,17 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(
-                broadcast_buffers=not args.no_ddp_bb, gradient_as_bucket_view=True,
-                # torch.compile makes one graph a bucket: few, large ones (1.92 x on 2 GPUs, against 1.82 x with 25 MB).
-                bucket_cap_mb=120 if args.torchcompile else 25)],
-            log_with=names or None, project_dir=args.output if names else None, **options,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=not args.no_ddp_bb,
+                    gradient_as_bucket_view=True,
+                    # torch.compile makes one graph a bucket: few, large ones (1.92 x on 2 GPUs, 1.82 x with 25 MB).
+                    bucket_cap_mb=120 if args.torchcompile else 25,
+                )
+            ],
+            log_with=names or None,
+            project_dir=args.output if names else None,
+            **options,
         )
     except ValueError as e:
         raise UserError(f"Accelerate cannot be set up: {' '.join(str(e).split())}") from e
@@ -49,13 +59,17 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         raise UserError(f"--log-with {missing[0]} needs its package: pip install {missing[0]}")
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if args.fsdp and not (sharded and accelerator.num_processes > 1):
-        raise UserError(f"--fsdp shards a model over several GPUs, and this run has {accelerator.num_processes} "
-                        f"{accelerator.device.type} process(es). Launch on several GPUs, or leave --fsdp out")
+        raise UserError(
+            f"--fsdp shards a model over several GPUs, and this run has {accelerator.num_processes} "
+            f"{accelerator.device.type} process(es). Launch on several GPUs, or leave --fsdp out"
+        )
     if sharded and args.model_ema:
         raise UserError("--model-ema cannot average a sharded model. Leave it out, or train without FSDP")
     if sharded and args.contrastive:
-        raise UserError("--contrastive reads the head's metric outside of the model, where FSDP shards it. Leave it "
-                        "out, or train without FSDP")
+        raise UserError(
+            "--contrastive reads the head's metric outside of the model, where FSDP shards it. Leave it "
+            "out, or train without FSDP"
+        )
     if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError("FSDP1 is not supported. Set fsdp_version: 2 in the configuration of accelerate, or use --fsdp")
     share_out_cores(args, accelerator)
@@ -87,8 +101,10 @@ def wrap_repeated_blocks(accelerator: Accelerator, model: torch.nn.Module) -> No
         return
     charts = [module for module in model.modules() if isinstance(module, FAIMChart)]
     if len({id(chart.metric) for chart in charts}) < len(charts):
-        raise UserError("block_shared=True does not go with FSDP, which gathers the weights of one block at a time. "
-                        "Leave it out, or train without FSDP")
+        raise UserError(
+            "block_shared=True does not go with FSDP, which gathers the weights of one block at a time. "
+            "Leave it out, or train without FSDP"
+        )
     model.to(memory_format=torch.contiguous_format)  # all that FSDP2 shards; images stay channels-last
     if not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(model)
@@ -126,5 +142,8 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: P
     if args.wandb_resume_id:
         wandb.update(id=args.wandb_resume_id, resume="must")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in recipe.items()}
-    accelerator.init_trackers(args.wandb_project or args.project_name or "timm_faim", config=plain,
-                              init_kwargs={"wandb": wandb, "trackio": {"name": folder.name}})
+    accelerator.init_trackers(
+        args.wandb_project or args.project_name or "timm_faim",
+        config=plain,
+        init_kwargs={"wandb": wandb, "trackio": {"name": folder.name}},
+    )

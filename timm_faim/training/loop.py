@@ -3,6 +3,7 @@
 Accelerate prepares the model and the optimiser only. timm's loader prefetches one batch ahead, which puts
 Accelerate's own accumulation out of step, so that the boundaries of accumulation are set here by hand.
 """
+
 import argparse
 import math
 import os
@@ -137,8 +138,14 @@ class _EpochRecord:
         self.run = run
         self.images_before, self.start = run.progress.samples, time.perf_counter()
         self.seconds_before = run.progress.seconds
-        self.bar = tqdm(desc=f"epoch {run.progress.epoch + 1}", total=len(run.order), initial=run.progress.step,
-                        unit="batch", leave=False, disable=None if run.accelerator.is_main_process else True)
+        self.bar = tqdm(
+            desc=f"epoch {run.progress.epoch + 1}",
+            total=len(run.order),
+            initial=run.progress.step,
+            unit="batch",
+            leave=False,
+            disable=None if run.accelerator.is_main_process else True,
+        )
 
     def consume(self, numbers: list[float], step: int, images: torch.Tensor, target: torch.Tensor) -> None:
         local_loss, loss_sum, hits, samples, stop, *parts = numbers
@@ -154,8 +161,10 @@ class _EpochRecord:
         self.bar.update()
         if (step + 1) % run.args.log_interval == 0 or step + 1 == len(run.order):
             rate = (progress.samples - self.images_before) / (time.perf_counter() - self.start)
-            self.bar.set_postfix_str(f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
-                                     f"{100 * progress.hits / progress.samples:.1f} %, {rate:.0f} images/s")
+            self.bar.set_postfix_str(
+                f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
+                f"{100 * progress.hits / progress.samples:.1f} %, {rate:.0f} images/s"
+            )
 
     def keep_time(self) -> None:
         self.run.progress.seconds = self.seconds_before + time.perf_counter() - self.start
@@ -230,9 +239,11 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
 
         reader.push(step_numbers(result, target, run), step, images, target)
         progress.step = step + 1
-        if is_update and step + 1 < batches and (
-                run.is_stopping
-                or args.recovery_interval and progress.updates % args.recovery_interval == 0):
+        if (
+            is_update
+            and step + 1 < batches
+            and (run.is_stopping or args.recovery_interval and progress.updates % args.recovery_interval == 0)
+        ):
             reader.flush()
             record.keep_time()
             if run.checkpointer is not None:
@@ -247,8 +258,13 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     record.keep_time()
     record.bar.close()
     parts = {name: value / progress.samples for name, value in progress.parts.items() if has_parts}
-    return {"loss": progress.loss_sum / progress.samples, **parts, "top1": 100 * progress.hits / progress.samples,
-            "images_per_s": round(progress.samples / progress.seconds, 1), "seconds": round(progress.seconds, 2)}
+    return {
+        "loss": progress.loss_sum / progress.samples,
+        **parts,
+        "top1": 100 * progress.hits / progress.samples,
+        "images_per_s": round(progress.samples / progress.seconds, 1),
+        "seconds": round(progress.seconds, 2),
+    }
 
 
 def _told_last(batches: Iterable, is_stream: bool) -> Iterator[tuple[Any, bool]]:
@@ -277,8 +293,9 @@ def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) ->
     count = len(target)
     # Filled on the device: a tensor made from numbers of the host would wait for the device.
     parts = [part.detach().double() * count for part in result.get("parts", {}).values()]
-    sums = torch.stack([loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested),
-                        *parts])
+    sums = torch.stack(
+        [loss * count, hits, torch.full_like(loss, count), torch.full_like(loss, run.stop.requested), *parts]
+    )
     return torch.cat([loss[None], run.accelerator.reduce(sums, "sum")])
 
 
@@ -288,9 +305,11 @@ def check_weights(run: Training) -> None:
     finite = [torch.isfinite(_local(t)).all() for t in module.state_dict().values() if t.is_floating_point()]
     bad = run.accelerator.reduce((~torch.stack(finite)).sum().float(), "sum")
     if bad > 0:
-        raise RankError(f"weights are not finite after update {run.progress.updates} (epoch {run.progress.epoch + 1}), "
-                        "and are not saved; earlier checkpoints are kept. Try a lower --lr, a longer --warmup-epochs, "
-                        "or --clip-grad")
+        raise RankError(
+            f"weights are not finite after update {run.progress.updates} (epoch {run.progress.epoch + 1}), "
+            "and are not saved; earlier checkpoints are kept. Try a lower --lr, a longer --warmup-epochs, "
+            "or --clip-grad"
+        )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -301,8 +320,10 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def check_labels(target: torch.Tensor, num_classes: float) -> None:
     """Raise `RankError` where class indices [B] lie outside the model's classes: data sets that list no classes."""
     if target.ndim == 1 and not (int(target.min()) >= 0 and int(target.max()) < num_classes):
-        raise RankError(f"the data have labels from {int(target.min())} to {int(target.max())}, outside the "
-                        f"{num_classes} classes of the model. Give --num-classes {int(target.max()) + 1} or mend them")
+        raise RankError(
+            f"the data have labels from {int(target.min())} to {int(target.max())}, outside the "
+            f"{num_classes} classes of the model. Give --num-classes {int(target.max()) + 1} or mend them"
+        )
 
 
 def stop_at_bad_loss(local_loss: float, step: int, images: torch.Tensor, target: torch.Tensor, run: Training) -> None:
@@ -315,6 +336,8 @@ def stop_at_bad_loss(local_loss: float, step: int, images: torch.Tensor, target:
         save_batch(path, images, target)
         where = f" Its batch is saved as {path};"
     run.accelerator.wait_for_everyone()  # none ends before the batches are saved: a launcher then ends the others
-    raise RankError(f"the loss is {local_loss if is_here else math.nan} in epoch {run.progress.epoch + 1}, step "
-                    f"{step + 1}.{where} checkpoints of earlier epochs are kept. Try a lower --lr, a longer "
-                    "--warmup-epochs, --clip-grad, or --amp-dtype bfloat16")
+    raise RankError(
+        f"the loss is {local_loss if is_here else math.nan} in epoch {run.progress.epoch + 1}, step "
+        f"{step + 1}.{where} checkpoints of earlier epochs are kept. Try a lower --lr, a longer "
+        "--warmup-epochs, --clip-grad, or --amp-dtype bfloat16"
+    )

@@ -1,4 +1,5 @@
 """The model of a run, made by timm from the options."""
+
 import argparse
 import math
 from pathlib import Path
@@ -15,19 +16,27 @@ from timm.models import load_checkpoint, resolve_model_input_args
 from timm_faim import faim_heads
 from timm_faim.models import may_be_converted
 from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean
-from timm_faim.training.args import loss_name
+from timm_faim.training.rules import loss_name
 
 # Options that are arguments of timm's models by another name; None stays the model's own default.
-ARGUMENTS = {"gp": "global_pool", "drop": "drop_rate", "drop_path": "drop_path_rate", "drop_block": "drop_block_rate",
-             "bn_momentum": "bn_momentum", "bn_eps": "bn_eps"}
+ARGUMENTS = {
+    "gp": "global_pool",
+    "drop": "drop_rate",
+    "drop_path": "drop_path_rate",
+    "drop_block": "drop_block_rate",
+    "bn_momentum": "bn_momentum",
+    "bn_eps": "bn_eps",
+}
 
 
 def check_model_name(name: str) -> None:
     """Raise `UserError` with the nearest names when timm knows no such model."""
     if ":" in name or timm.is_model(name.split(".")[0]):
         return
-    raise UserError(f"unknown model {name!r}.{did_you_mean(name.split('.')[0], timm.list_models())}"
-                    " timm.list_models('faim_*') lists them all")
+    raise UserError(
+        f"unknown model {name!r}.{did_you_mean(name.split('.')[0], timm.list_models())}"
+        " timm.list_models('faim_*') lists them all"
+    )
 
 
 def input_channels(args: argparse.Namespace) -> int:
@@ -91,15 +100,19 @@ def _faim_options(args: argparse.Namespace) -> dict[str, Any] | None:
     given = args.faim_cfg
     if args.faim_blocks is not None:
         if ":" in args.model and given is None:
-            raise UserError(f"--faim-blocks with the saved model {args.model} would put the other options of its head "
-                            "back to their defaults. Give them all: --faim-cfg KEY=VALUE ... and --faim-blocks")
+            raise UserError(
+                f"--faim-blocks with the saved model {args.model} would put the other options of its head "
+                "back to their defaults. Give them all: --faim-cfg KEY=VALUE ... and --faim-blocks"
+            )
         given = {**(given or {}), "blocks": args.faim_blocks}
     if not compares_with_zero(args) or not args.model.startswith("faim_"):
         return given
     options = {"prior": True, **(given or {})}
     if not options["prior"]:
-        raise UserError(f"--faim-cfg prior=False does not go with the {loss_name(args)} loss: logits -γ d are never "
-                        "above 0, and no class would be predicted. Leave it out")
+        raise UserError(
+            f"--faim-cfg prior=False does not go with the {loss_name(args)} loss: logits -γ d are never "
+            "above 0, and no class would be predicted. Leave it out"
+        )
     return options
 
 
@@ -108,13 +121,17 @@ def _centre_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
     """Start fresh priors where a class at the mean distance has the probability 1/C."""
     for head in faim_heads(model).values():
         if head.prior is None:
-            raise UserError(f"the FAIM head of {args.model} has no class prior, which the {loss_name(args)} loss "
-                            "needs: logits -γ d are never above 0. Train a new one with prior=True, or use --loss ce")
+            raise UserError(
+                f"the FAIM head of {args.model} has no class prior, which the {loss_name(args)} loss "
+                "needs: logits -γ d are never above 0. Train a new one with prior=True, or use --loss ce"
+            )
         converted = may_be_converted(model.faim_cfg) and "lambda_init" not in (args.faim_cfg or {})
         if ":" not in args.model and converted and head.prior.any():
-            raise UserError(f"{args.model}: its weights' own classifier became the head, which keeps the differences "
-                            f"between logits but not their signs, as the {loss_name(args)} loss needs them. Use --loss "
-                            "ce, or start a fresh head with --pretrained-head fresh")
+            raise UserError(
+                f"{args.model}: its weights' own classifier became the head, which keeps the differences "
+                f"between logits but not their signs, as the {loss_name(args)} loss needs them. Use --loss "
+                "ce, or start a fresh head with --pretrained-head fresh"
+            )
         if not head.prior.any():
             head.prior.fill_(float(head.gamma()) * head.initial_distance() - math.log(max(1, head.num_classes - 1)))
 
@@ -134,13 +151,18 @@ def sync_batch_norm(args: argparse.Namespace, model: torch.nn.Module, accelerato
 
 
 def _init_linear_head(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    flags = [flag for flag, value in (("--head-init-scale", args.head_init_scale),
-                                      ("--head-init-bias", args.head_init_bias)) if value is not None]
+    flags = [
+        flag
+        for flag, value in (("--head-init-scale", args.head_init_scale), ("--head-init-bias", args.head_init_bias))
+        if value is not None
+    ]
     if not flags:
         return
     if faim_heads(model):
-        raise UserError(f"{flags[0]} is for linear classifiers, and {args.model} has a FAIM head. Leave it out; "
-                        "--faim-cfg scale_init=... sets the size of the logits")
+        raise UserError(
+            f"{flags[0]} is for linear classifiers, and {args.model} has a FAIM head. Leave it out; "
+            "--faim-cfg scale_init=... sets the size of the logits"
+        )
     classifiers = model.get_classifier()
     for layer in classifiers if isinstance(classifiers, (tuple, list)) else [classifiers]:
         with torch.no_grad():
@@ -161,5 +183,3 @@ def build_data_config(args: argparse.Namespace, model: torch.nn.Module) -> dict[
     config["input_size"] = (channels, *config["input_size"][1:])
     config["mean"], config["std"] = (tuple(adapt_to_chs(config[key], channels)) for key in ("mean", "std"))
     return config
-
-

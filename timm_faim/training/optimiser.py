@@ -2,6 +2,7 @@
 
 Σ and β, where a head learns its metric, have the learning rate itself.
 """
+
 import argparse
 import math
 from typing import Any
@@ -48,8 +49,10 @@ def split_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module, args:
     timm's schedules multiply by a group's `lr_scale`, which here is layer decay times the part's factor.
     """
     factors = dict.fromkeys(PARTS, 1.0) | {
-        "backbone": args.lr_scale_backbone, "mu": args.lr_scale_mu,
-        "lambda": args.lr_scale_scalars, "gamma": args.lr_scale_scalars,
+        "backbone": args.lr_scale_backbone,
+        "mu": args.lr_scale_mu,
+        "lambda": args.lr_scale_scalars,
+        "gamma": args.lr_scale_scalars,
     }
     parts = parts_of(model)
     groups = []
@@ -58,8 +61,16 @@ def split_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module, args:
             members = [p for p in group["params"] if parts.get(id(p), "backbone") == part]
             if members:
                 scale = group.get("lr_scale", 1.0) * factors[part]
-                groups.append(group | {"params": members, "part": part, "lr_scale": scale,
-                                       "lr": group["lr"] * scale, "initial_lr": group["lr"]})
+                groups.append(
+                    group
+                    | {
+                        "params": members,
+                        "part": part,
+                        "lr_scale": scale,
+                        "lr": group["lr"] * scale,
+                        "initial_lr": group["lr"],
+                    }
+                )
     optimizer.param_groups[:] = groups  # in place: wrapping optimisers (lookahead) share the list
 
 
@@ -110,8 +121,10 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
             _check_rates(scheduler, epochs, updates)
     except (ValueError, AssertionError, ArithmeticError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"--sched {args.sched}: {reason}. Check the options of the schedule (--lr-..., --decay-..., "
-                        "--cooldown-epochs)") from e
+        raise UserError(
+            f"--sched {args.sched}: {reason}. Check the options of the schedule (--lr-..., --decay-..., "
+            "--cooldown-epochs)"
+        ) from e
     return scheduler, epochs
 
 

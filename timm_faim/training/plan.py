@@ -1,4 +1,5 @@
 """--dry-run: two updates and one validation batch, and what the run would do."""
+
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,11 +47,14 @@ def dry_run(run: Training, val_loader: Any, epochs: int, log: Callable) -> None:
     per_update = args.batch_size * args.grad_accum_steps * accelerator.num_processes
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained")
-    log(f"updates: {epochs} epochs of {updates} updates of {per_update} images ({batches} batches a process); "
-        f"{args.opt}, {args.sched} schedule")
+    log(
+        f"updates: {epochs} epochs of {updates} updates of {per_update} images ({batches} batches a process); "
+        f"{args.opt}, {args.sched} schedule"
+    )
     for part, count in sizes_of_parts(run.optimizer).items():
-        rates = sorted({group["initial_lr"] * group["lr_scale"] for group in run.optimizer.param_groups
-                        if group["part"] == part})
+        rates = sorted(
+            {group["initial_lr"] * group["lr_scale"] for group in run.optimizer.param_groups if group["part"] == part}
+        )
         span = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         log(f"  {part}: {count:,} parameters, highest learning rate {span}")
 
@@ -64,8 +68,9 @@ def dry_run(run: Training, val_loader: Any, epochs: int, log: Callable) -> None:
         log(f"{name} update: loss {trial['loss']:.4f}, {trial['seconds']:.2f} s")
     log(f"memory of training: {_peak_memory(device)}")
     if val_loader is not None:
-        metrics = evaluate(run.task.get_eval_model(), _Beginning(val_loader, 1), accelerator, args,
-                           run.task.create_evaluator)
+        metrics = evaluate(
+            run.task.get_eval_model(), _Beginning(val_loader, 1), accelerator, args, run.task.create_evaluator
+        )
         log(f"validation batch: loss {metrics['loss']:.4f}")
     log(f"about {trial['seconds'] * updates * epochs / 60:.1f} minutes for the updates of the run, loading included")
 

@@ -1,4 +1,5 @@
 """Options that were removed, with the reason: command lines and recipes that still have one get a line that says so."""
+
 from typing import Any
 
 from timm_faim.run.errors import UserError

@@ -1,4 +1,5 @@
 """Which run folder a run writes to, and the checkpoint it goes on from."""
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,37 @@ from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find
 
 # Options that may differ between the parts of one run.
 _RUNTIME = {
-    *ONE_LAUNCH, "experiment", "output", "config", "workers", "log_interval", "cpu_threads", "recovery_interval",
-    "checkpoint_hist", "report", "log_with", "project_name", "log_wandb", "wandb_project", "wandb_tags",
-    "validation_batch_size", "push_to_hub", "hub_private", "hub_license", "wandb_resume_id",
+    *ONE_LAUNCH,
+    "experiment",
+    "output",
+    "config",
+    "workers",
+    "log_interval",
+    "cpu_threads",
+    "recovery_interval",
+    "checkpoint_hist",
+    "report",
+    "log_with",
+    "project_name",
+    "log_wandb",
+    "wandb_project",
+    "wandb_tags",
+    "validation_batch_size",
+    "push_to_hub",
+    "hub_private",
+    "hub_license",
+    "wandb_resume_id",
 }
 
 
 def open_run_folder(
-        args: argparse.Namespace, requested: dict[str, Any], accelerator: Accelerator, img_size: int, epochs: int,
-        count: int, log: Callable,
+    args: argparse.Namespace,
+    requested: dict[str, Any],
+    accelerator: Accelerator,
+    img_size: int,
+    epochs: int,
+    count: int,
+    log: Callable,
 ) -> tuple[Path, Path | None]:
     """Find or make the run folder and the checkpoint; a collective call.
 
@@ -65,15 +88,17 @@ def open_run_folder(
         check_checkpoint(named, accelerator)
     checkpoint = named or find_checkpoint(Path(folder), accelerator, log)
     if checkpoint is None and args.resume != "auto":
-        raise UserError(f"--resume {args.resume}: no whole checkpoint in {Path(folder, FOLDER)}. Name a run folder or "
-                        "a checkpoint in it, or use --resume auto, which starts anew where there is none")
+        raise UserError(
+            f"--resume {args.resume}: no whole checkpoint in {Path(folder, FOLDER)}. Name a run folder or "
+            "a checkpoint in it, or use --resume auto, which starts anew where there is none"
+        )
     if checkpoint is not None and accelerator.is_main_process:
         _tell(requested, Path(folder), checkpoint, accelerator, count, log)
     return Path(folder), checkpoint
 
 
 def _choose_folder(
-        args: argparse.Namespace, requested: dict[str, Any], img_size: int, epochs: int, log: Callable,
+    args: argparse.Namespace, requested: dict[str, Any], img_size: int, epochs: int, log: Callable
 ) -> Path:
     if not args.resume:
         return create_run_folder(args.output, args.experiment, args.model, img_size)
@@ -90,12 +115,17 @@ def _choose_folder(
         return create_run_folder(args.output, args.experiment, args.model, img_size)
 
     runs = [path.parents[1] for path in Path(args.output).glob(f"*/{FOLDER}/checkpoint-*")]
-    unfinished = [run for run in sorted(set(runs)) if not _changes(run, requested)
-                  and (epochs_done(run) < epochs or work_left(args, run, epochs))]
+    unfinished = [
+        run
+        for run in sorted(set(runs))
+        if not _changes(run, requested) and (epochs_done(run) < epochs or work_left(args, run, epochs))
+    ]
     if len(unfinished) > 1:
-        raise UserError(f"--resume auto finds {len(unfinished)} unfinished runs with these options in {args.output}: "
-                        f"{', '.join(run.name for run in unfinished[:3])}. Choose one with --resume FOLDER, or give "
-                        "each run a name with --experiment")
+        raise UserError(
+            f"--resume auto finds {len(unfinished)} unfinished runs with these options in {args.output}: "
+            f"{', '.join(run.name for run in unfinished[:3])}. Choose one with --resume FOLDER, or give "
+            "each run a name with --experiment"
+        )
     if unfinished:
         return check_writable(unfinished[0])
     log(f"--resume auto: no unfinished run with these options in {args.output}; starting anew")
@@ -123,7 +153,7 @@ def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, An
 
 
 def _tell(
-        requested: dict[str, Any], folder: Path, checkpoint: Path, accelerator: Accelerator, count: int, log: Callable,
+    requested: dict[str, Any], folder: Path, checkpoint: Path, accelerator: Accelerator, count: int, log: Callable
 ) -> None:
     log(f"resuming from {checkpoint}")
     for key, (before, now) in _changes(folder, requested).items():
@@ -132,7 +162,8 @@ def _tell(
     if images != count:
         log(f"  the training data had {images} images before and have {count} now; the epoch goes on at that image")
     if processes != accelerator.num_processes:
-        log(f"  the checkpoint was written by {processes} processes, this run has {accelerator.num_processes}. "
+        log(
+            f"  the checkpoint was written by {processes} processes, this run has {accelerator.num_processes}. "
             "Weights, optimiser and schedule go on as they were; not exact: batch-norm statistics of single processes, "
-            "which images share a batch, and the random augmentation; an epoch goes on at the nearest batch")
-
+            "which images share a batch, and the random augmentation; an epoch goes on at the nearest batch"
+        )

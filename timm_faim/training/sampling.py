@@ -4,6 +4,7 @@ Every training sample, every random erasing and every step draws from generators
 So the run does not depend on the number of loader workers, and one that is resumed at step k of an epoch draws what
 the uninterrupted run drew, without reading the samples before. timm's loaders keep their own samplers and transforms.
 """
+
 import random
 import struct
 from collections.abc import Iterator

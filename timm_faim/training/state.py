@@ -5,6 +5,7 @@ checksum, so that one damaged later is recognised. Accelerate saves optimiser, g
 with it, and under FSDP the sharded model; the weights of other models are stored without wrappers' prefixes, so that
 any number of processes can load them. The format holds pickles and is for the machine that trains, not for sharing.
 """
+
 import errno
 import json
 import os
@@ -112,8 +113,15 @@ class Checkpointer:
     """
 
     def __init__(
-            self, accelerator: Accelerator, folder: Path, model: torch.nn.Module, optimizer: Any,
-            layout: dict[str, int], scheduler: Any = None, ema: ModelEmaV3 | None = None, keep: int = 2,
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        model: torch.nn.Module,
+        optimizer: Any,
+        layout: dict[str, int],
+        scheduler: Any = None,
+        ema: ModelEmaV3 | None = None,
+        keep: int = 2,
     ) -> None:
         self.accelerator, self.folder, self.model, self.ema, self.keep = accelerator, folder / FOLDER, model, ema, keep
         self.optimizer, self.layout, self.scheduler = optimizer, layout, scheduler
@@ -176,12 +184,16 @@ class Checkpointer:
         """
         manifest = _read_manifest(path)
         if not with_optimizer and self.accelerator.distributed_type == DistributedType.FSDP:
-            raise UserError("--no-resume-opt does not go with FSDP, whose checkpoints are sharded. Start a new run "
-                            "from the weights in the run folder with --initial-checkpoint")
+            raise UserError(
+                "--no-resume-opt does not go with FSDP, whose checkpoints are sharded. Start a new run "
+                "from the weights in the run folder with --initial-checkpoint"
+            )
         before, now = manifest.get("optimizer"), self._optimizer_name()
         if with_optimizer and before not in (None, now):
-            raise UserError(f"checkpoint {path} holds the state of {before}, and this run has {now}. Resume with the "
-                            "--opt it was made with, or without that state: --no-resume-opt")
+            raise UserError(
+                f"checkpoint {path} holds the state of {before}, and this run has {now}. Resume with the "
+                "--opt it was made with, or without that state: --no-resume-opt"
+            )
         kept = [{key: group[key] for key in _CHANGEABLE if key in group} for group in self.optimizer.param_groups]
         try:
             if with_optimizer:
@@ -200,8 +212,10 @@ class Checkpointer:
                     buffer.copy_(stored[name])
             progress = _read_progress(manifest)
         except (RuntimeError, ValueError, KeyError, TypeError, FileNotFoundError) as e:
-            raise UserError(f"checkpoint {path} does not fit this run: {' '.join(str(e).split())[:300]}. Resume with "
-                            "the model and options it was made with, or start anew without --resume") from e
+            raise UserError(
+                f"checkpoint {path} does not fit this run: {' '.join(str(e).split())[:300]}. Resume with "
+                "the model and options it was made with, or start anew without --resume"
+            ) from e
         progress.lay_out(manifest["layout"], self.layout, batches)
         self.place_schedule(progress)
         self.accelerator.wait_for_everyone()
@@ -241,7 +255,9 @@ class Checkpointer:
     def _publish(self, temporary: Path, path: Path, progress: Progress) -> None:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
-            "progress": asdict(progress), "layout": self.layout, "optimizer": self._optimizer_name(),
+            "progress": asdict(progress),
+            "layout": self.layout,
+            "optimizer": self._optimizer_name(),
             "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
             "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in files},
         }
@@ -253,7 +269,7 @@ class Checkpointer:
         rename(temporary, path)
         checkpoints = _newest_first(self.folder)
         at_an_end = [p for p in checkpoints if _position(p)[1] == 0][:1]  # to go back to if the ones within are no good
-        for old in (p for p in checkpoints[self.keep:] if p not in at_an_end):
+        for old in (p for p in checkpoints[self.keep :] if p not in at_an_end):
             hidden = old.with_name(f".{old.name}.tmp")  # no half-removed checkpoint under a checkpoint's name
             rename(old, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
@@ -273,8 +289,9 @@ class Checkpointer:
         buffers = {}
         for kind, module in modules:
             parameters = dict(module.named_parameters())
-            buffers |= {f"{kind}.{name}": tensor for name, tensor in module.state_dict().items()
-                        if name not in parameters}
+            buffers |= {
+                f"{kind}.{name}": tensor for name, tensor in module.state_dict().items() if name not in parameters
+            }
         return buffers
 
     def _rank_file(self) -> str:
@@ -302,8 +319,10 @@ def find_checkpoint(folder: Path, accelerator: Accelerator, log: Any) -> Path | 
             log(f"checkpoint {path} is damaged ({damage}); trying the one before")
     path, count = broadcast_object_list(found)
     if path is None and count:
-        raise UserError(f"all {count} checkpoints in {folder / FOLDER} are damaged. Start anew with another "
-                        "--experiment, from its weights with --initial-checkpoint if you like, or remove the folder")
+        raise UserError(
+            f"all {count} checkpoints in {folder / FOLDER} are damaged. Start anew with another "
+            "--experiment, from its weights with --initial-checkpoint if you like, or remove the folder"
+        )
     return None if path is None else Path(path)
 
 
