@@ -52,4 +52,4 @@ def test_imports_point_down(path):
 
 def test_no_file_is_two():
     longest = sorted((ROOT / "timm_faim").rglob("*.py"), key=lambda path: -len(path.read_text().splitlines()))
-    assert len(longest[0].read_text().splitlines()) <= 420, longest[0]
+    assert len(longest[0].read_text().splitlines()) <= 410, longest[0]

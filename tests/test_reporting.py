@@ -15,7 +15,7 @@ from timm.data import create_dataset, create_loader
 
 from timm_faim import PRESETS, FAIMHead, faim_heads
 from timm_faim.images.pictures import Pictures, head_features
-from timm_faim.report import heads as head_pictures
+from timm_faim.report import examples as examples_of
 from timm_faim.report import plots
 from timm_faim.report.distances import HeadDistances
 from timm_faim.report.evaluation import Evaluation, collect
@@ -150,7 +150,7 @@ def test_features_are_what_the_head_gets(images):
 def test_typical_images_are_the_nearest_of_the_class():
     head, features = odd_head({}), torch.randn(40, 12, dtype=torch.float64)
     labels, pool = np.arange(40) % 4, 100 + np.arange(40)
-    typical = head_pictures.typical_images(HeadDistances(head), features, pool, labels, [1, 4])
+    typical = examples_of.typical_images(HeadDistances(head), features, pool, labels, [1, 4])
     d = head.metric.reference(features, head.project(head.mu.detach()))[:, 1].detach()
     own = np.flatnonzero(labels == 1)
     nearest = own[np.argsort(d[own].numpy())][:3]
@@ -177,7 +177,7 @@ def evaluation_of(correct, confidence, C=100):
 def test_examples_are_a_mix_of_sure_unsure_and_wrong():
     rng = np.random.default_rng(0)
     evaluation = evaluation_of(rng.random(60) < 0.6, rng.random(60))
-    chosen = head_pictures.choose_examples(evaluation)
+    chosen = examples_of.choose_examples(evaluation)
     right, wrong = np.flatnonzero(evaluation.correct), np.flatnonzero(~evaluation.correct)
     by_confidence = sorted(right, key=lambda i: -evaluation.confidence[i])
     assert set(chosen[:3]) == set(by_confidence[:3]) and set(chosen[3:5]) == set(by_confidence[-2:])
@@ -189,24 +189,24 @@ def test_examples_are_a_mix_of_sure_unsure_and_wrong():
     [([True] * 20, 8), ([False] * 20, 8), ([True] * 2 + [False], 3), ([True] * 3 + [False] * 9, 8), ([True], 1)],
 )
 def test_examples_fill_up_from_what_there_is(correct, count):
-    chosen = head_pictures.choose_examples(evaluation_of(correct, np.linspace(0.1, 0.9, len(correct))))
+    chosen = examples_of.choose_examples(evaluation_of(correct, np.linspace(0.1, 0.9, len(correct))))
     assert len(set(chosen.tolist())) == len(chosen) == count
 
 
 def test_examples_prefer_different_classes():
-    chosen = head_pictures.choose_examples(evaluation_of([True] * 60, np.linspace(0.1, 0.9, 60), C=4))
+    chosen = examples_of.choose_examples(evaluation_of([True] * 60, np.linspace(0.1, 0.9, 60), C=4))
     assert sorted(chosen[:3] % 4) == [1, 2, 3]
 
 
 def test_pool_holds_the_classes_that_are_shown():
     targets = np.repeat(np.arange(10), 500)
-    pool = head_pictures.choose_pool(targets, len(targets), [2, 7])
+    pool = examples_of.choose_pool(targets, len(targets), [2, 7])
     assert set(targets[pool]) == {2, 7} and len(pool) == 128 and len(set(pool)) == 128
     assert pool.min() == 1000 and pool.max() == 3999  # spread over the class
-    many = head_pictures.choose_pool(np.arange(5000), 5000, range(5000))
+    many = examples_of.choose_pool(np.arange(5000), 5000, range(5000))
     assert len(many) == 2000
-    assert len(head_pictures.choose_pool(None, 7, [0])) == 7 and len(head_pictures.choose_pool(None, 9999, [0])) == 2000
-    assert len(head_pictures.choose_pool(targets, len(targets), [11])) == 0
+    assert len(examples_of.choose_pool(None, 7, [0])) == 7 and len(examples_of.choose_pool(None, 9999, [0])) == 2000
+    assert len(examples_of.choose_pool(targets, len(targets), [11])) == 0
 
 
 def test_rival_is_the_true_class_or_the_second_choice():
@@ -215,7 +215,7 @@ def test_rival_is_the_true_class_or_the_second_choice():
     target = order[:, 0].copy()
     target[4:] = order[4:, 3]
     evaluation = Evaluation(5, np.arange(6), target, order[:, 0], *[np.ones(6)] * 4)
-    rivals = head_pictures.Examples.of(np.arange(6), features, HeadDistances(head), evaluation).rivals
+    rivals = examples_of.Examples.of(np.arange(6), features, HeadDistances(head), evaluation).rivals
     assert rivals.tolist() == [*order[:4, 1], *target[4:]]
 
 

@@ -3,13 +3,10 @@
 Shapes: D features, any leading dimensions.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .module import FAIMMetric
 
 
 class Frame(NamedTuple):  # a tuple: hooks of modules look for tensors in it
@@ -32,15 +29,15 @@ class Frame(NamedTuple):  # a tuple: hooks of modules look for tensors in it
         return flat.reshape(z.shape)
 
 
-def orthonormal_frame(metric: "FAIMMetric", dtype: torch.dtype) -> Frame:
-    """The frame of a metric in ``dtype``. The factor of a full Σ is found in float64: T T' + ε I squares the condition
-    number of T."""
-    sigma_D, tril_DD, beta_D, lmbda = metric.tensors(dtype)
+def orthonormal_frame(
+    sigma_D: Tensor | None, tril_DD: Tensor | None, beta_D: Tensor, lmbda: Tensor, eps: float
+) -> Frame:
+    """The frame of Σ = diag(sigma) or T T' + ε I, factored in float64: T T' squares the condition number."""
     if sigma_D is not None:
         root_D = sigma_D.sqrt()
         return Frame(root_D, None, beta_D / root_D, lmbda)
     wide = tril_DD.double()
-    ridge = metric.eps * torch.eye(metric.in_features, device=wide.device, dtype=wide.dtype)
+    ridge = eps * torch.eye(len(wide), device=wide.device, dtype=wide.dtype)
     factor_DD = torch.linalg.cholesky_ex(wide @ wide.t() + ridge)[0]  # unchecked: a NaN must reach the loss
     one_form_D = torch.linalg.solve_triangular(factor_DD, beta_D.double().unsqueeze(1), upper=False).squeeze(1)
-    return Frame(None, factor_DD.to(dtype), one_form_D.to(dtype), lmbda)
+    return Frame(None, factor_DD.to(beta_D.dtype), one_form_D.to(beta_D.dtype), lmbda)

@@ -116,7 +116,7 @@ class FAIMMetric(FillsMissing, nn.Module):
         """
         if not torch.jit.is_scripting():  # noqa: SIM102  what follows is not compiled
             if frame:
-                return orthonormal_frame(self, torch.promote_types(x.dtype, torch.float32))
+                return orthonormal_frame(*self.tensors(torch.promote_types(x.dtype, torch.float32)), self.eps)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected features [..., {self.in_features}], got shape {list(x.shape)}")
         if y is not None and (y.dim() != 2 or y.shape[-1] != self.in_features):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from timm_faim import FAIMHead
-from timm_faim.metric.frame import orthonormal_frame
 from timm_faim.metric.functional import one_form_term, squared_norm
 
 
@@ -84,7 +83,7 @@ class HeadDistances:
     def geometry(self) -> Geometry:
         """λ, γ, the spectrum of Σ and the size of β."""
         sigma, _, beta, lmbda = self.metric.tensors(torch.float64)
-        whitened = orthonormal_frame(self.metric, torch.float64).one_form_D
+        whitened = self.metric(self.metric.beta, frame=True).one_form_D
         if not self.exact.full_sigma:
             spectrum = sigma if self.exact.whiten is None else self.exact.whiten.square()
         else:

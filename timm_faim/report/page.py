@@ -15,8 +15,9 @@ from torch import nn
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.documents import read_yaml
 from timm_faim.images.pictures import Pictures, head_features
+from timm_faim.report import examples as examples_of
 from timm_faim.report import heads as head_pictures
-from timm_faim.report import plots
+from timm_faim.report import page_style, plots
 from timm_faim.report.distances import Geometry, HeadDistances
 from timm_faim.report.evaluation import Evaluation
 from timm_faim.report.names import class_name
@@ -75,7 +76,7 @@ def write_report(
     if evaluation is not None and len(evaluation.index):
         _add_evaluation(page, evaluation, label_names, run_folder / "eval")
         pairs = folder / "confused_pairs.png"
-        if val is not None and head_pictures.draw_pairs(pairs, evaluation, val, label_names):
+        if val is not None and examples_of.draw_pairs(pairs, evaluation, val, label_names):
             page.add_section("Most confused pairs")
             page.add_picture(
                 pairs,
@@ -169,7 +170,7 @@ def _add_heads(
     examples = np.empty(0, dtype=np.int64)
     seen = _Seen(examples, {})
     if evaluation is not None and len(evaluation.index) and val is not None:
-        examples = head_pictures.choose_examples(evaluation)
+        examples = examples_of.choose_examples(evaluation)
         N = len(evaluation.index)
         spread = np.linspace(0, N - 1, min(N, SHARE_SAMPLE)).round().astype(np.int64)
         positions = np.unique(np.concatenate([examples, spread]))
@@ -210,15 +211,15 @@ def _add_heads(
     # of several heads the first: they share what the images look like
     name = reached[0]
     distances = HeadDistances(heads[name])
-    shown = head_pictures.Examples.of(
+    shown = examples_of.Examples.of(
         examples, seen.features[name][np.searchsorted(seen.positions, examples)], distances, evaluation
     )
     classes = sorted({*evaluation.prediction[examples].tolist(), *shown.rivals.tolist()})
-    pool = head_pictures.choose_pool(train.targets(), len(train), classes)
+    pool = examples_of.choose_pool(train.targets(), len(train), classes)
     features, labels = head_features(model, train, pool)
-    typical = head_pictures.typical_images(distances, features.get(name), pool, labels, classes)
+    typical = examples_of.typical_images(distances, features.get(name), pool, labels, classes)
     picture = page.folder / "prototypes.png"
-    if head_pictures.draw_examples(picture, shown, evaluation, distances, typical, train, val, label_names):
+    if examples_of.draw_examples(picture, shown, evaluation, distances, typical, train, val, label_names):
         wrong = int((~evaluation.correct[examples]).sum())
         page.add_section("Predictions and their prototypes")
         page.add_picture(
@@ -316,9 +317,9 @@ class Page:
 
     def render(self, title: str, seconds: float) -> str:
         """The whole page."""
-        return _PAGE.format(
+        return page_style.PAGE.format(
             title=html.escape(title),
-            style=_STYLE,
+            style=page_style.STYLE,
             body="\n".join(self.body),
             date=time.strftime("%Y-%m-%d %H:%M"),
             seconds=f"{seconds:.1f}",
@@ -331,52 +332,3 @@ def _option(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "–"
     return "–" if value in ("", None) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-{body}
-</main>
-<footer>timm-faim, {date}; written in {seconds} s</footer>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #5d6873; --line: #d9dee3; --card: #f4f6f8; --back: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --soft: #9aa6b2; --line: #39424b; --card: #20272e; --back: #14191e; }
-}
-body { margin: 0 auto; max-width: 1080px; padding: 1.5rem; color: var(--ink); background: var(--back);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere; margin: 0 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem; }
-.cards div { background: var(--card); border-radius: 8px; padding: .6rem .8rem; }
-.cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.cards span, figcaption, footer { color: var(--soft); font-size: .85rem; }
-figure { margin: .8rem 0 1.4rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 8px; display: block; }
-figcaption { margin-top: .3rem; max-width: 70ch; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .8rem 0 1.4rem; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; }
-summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
-dl { columns: 20rem auto; column-gap: 2rem; font-size: .88rem; margin: .6rem 0; }
-dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
-  break-inside: avoid; padding: .12rem 0; }
-dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
-pre { overflow-x: auto; background: var(--card); padding: .8rem; border-radius: 8px; font-size: .85rem; }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .6rem; }
-"""

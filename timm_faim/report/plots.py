@@ -282,3 +282,8 @@ def _line(ax: "Axes", x: np.ndarray, y: np.ndarray, label: str, color: str, **st
     known = np.isfinite(y)  # not every epoch need have a validation
     if known.any():
         ax.plot(x[known], y[known], marker="." if known.sum() <= 60 else None, label=label, color=color, **style)
+
+
+def say(ax: "Axes", text: str) -> None:
+    """A text in the middle of axes without a plot."""
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, fontsize=9, color=GREY)
