@@ -6,11 +6,14 @@ import pickle
 import pytest
 import torch
 from habits import FORMS, close
+from torch import nn
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("pytorch_metric_learning")
+
 from pytorch_metric_learning import losses, miners, testers, trainers
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.utils.inference import CustomKNN, InferenceModel, MatchFinder
-from torch import nn
-from torch.utils.data import TensorDataset
 
 from timm_faim import FAIMDistance, FAIMHead, FAIMMarginLoss, FAIMMetric
 from timm_faim.models.config import of_heads, resolve_faim_cfg

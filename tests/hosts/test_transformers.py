@@ -8,6 +8,9 @@ import timm
 import torch
 from habits import CLASSES, cases, heads, listed, parity, step
 from timm.models import save_for_hf
+
+pytest.importorskip("transformers")
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
