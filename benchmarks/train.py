@@ -30,8 +30,10 @@ from timm_faim.training import tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.loop import Training, train_one_epoch
+from timm_faim.training.loss import build_criterion
 from timm_faim.training.model import build_model
 from timm_faim.training.optimiser import build_optimizer, build_scheduler, split_groups
+from timm_faim.training.options import Options
 
 FAIM_CFG = ("space=sphere", "scale_init=24.0", "margin=0.15")
 
@@ -53,7 +55,7 @@ class RandomImages:
         return self.steps
 
 
-def options(name: str, bench: argparse.Namespace) -> argparse.Namespace:
+def options(name: str, bench: argparse.Namespace) -> Options:
     """Options of train_faim.py for one variant."""
     words = [
         "--data-dir",
@@ -91,12 +93,12 @@ class OurLoop:
         torch.manual_seed(0)
         model = build_model(args, 1000).to(accelerator.device)
         if bench.channels_last(name):
-            model, args.channels_last = model.to(memory_format=torch.channels_last), True
-        criterion = tasks.build_criterion(args, model)
+            model, args.model.channels_last = model.to(memory_format=torch.channels_last), True
+        criterion = build_criterion(args, model)
         self.task = tasks.build_task(args, model, criterion, accelerator.device)
-        optimizer = build_optimizer(args, model, accelerator.num_processes)
-        split_groups(optimizer, model, args)
-        scheduler, _ = build_scheduler(args, optimizer, len(images))
+        optimizer = build_optimizer(args.optimiser, args.schedule.lr, model)
+        split_groups(optimizer, model, args.learning)
+        scheduler, _ = build_scheduler(args.schedule, args.run, optimizer, len(images))
         self.task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
         self.run = Training(
             args, accelerator, model, model, self.task, optimizer, images, Path(tempfile.mkdtemp()), scheduler
@@ -120,7 +122,7 @@ class BareLoop:
         run.task.train()
         started = time.perf_counter()
         for images, target in self.images:
-            images = images.contiguous(memory_format=torch.channels_last) if run.args.channels_last else images
+            images = images.contiguous(memory_format=torch.channels_last) if run.options.model.channels_last else images
             with run.accelerator.autocast():
                 loss = run.task(images, target)["loss"]
             loss.backward()
@@ -134,21 +136,21 @@ class TimmLoop:
     """timm's train_one_epoch on the same bare model, in timm's own task, compiled as timm does."""
 
     def __init__(self, ours: OurLoop, train_script, accelerator: Accelerator, images: RandomImages) -> None:
-        args = ours.run.args
+        args = ours.run.options
         self.images, self.script = images, train_script
         self.device = accelerator.device
         self.task = ClassificationTask(ours.run.model, criterion=ours.task.criterion, device=self.device, verbose=False)
-        if args.torchcompile:
+        if args.device.torchcompile:
             self.task.compile()
-        self.optimizer = build_optimizer(args, ours.run.model, 1)
-        self.scheduler, _ = build_scheduler(args, self.optimizer, len(images))
+        self.optimizer = build_optimizer(args.optimiser, args.schedule.lr, ours.run.model)
+        self.scheduler, _ = build_scheduler(args.schedule, args.run, self.optimizer, len(images))
         self.args = SimpleNamespace(
-            channels_last=args.channels_last,
+            channels_last=args.model.channels_last,
             clip_grad=None,
             clip_mode="norm",
             distributed=False,
             grad_accum_steps=1,
-            log_interval=args.log_interval,
+            log_interval=args.logging.log_interval,
             mixup_off_epoch=0,
             prefetcher=True,
             recovery_interval=0,

@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -13,6 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train_faim.py is a script beside the package
 import train_faim
+from timm_faim.images.datasets import TrainingData, open_datasets
+from timm_faim.training.args import parse_args
+from timm_faim.training.options import Options
 
 # A tiny model on 32-pixel images; the 12 training images of `make_images` in batches of 4 make 3 steps an epoch.
 TINY = [
@@ -37,6 +41,25 @@ TINY = [
     "1",
     "--no-report",
 ]
+
+
+def options_of(*argv) -> Options:
+    """The options of a command line, on data that are not opened unless it names others."""
+    return parse_args(["--data-dir", "d", *map(str, argv)])
+
+
+def values_of(options: Options) -> SimpleNamespace:
+    """The values of all options by name."""
+    return SimpleNamespace(
+        config=options.config, **{name: value for group in options.groups for name, value in vars(group).items()}
+    )
+
+
+def open_data(options: Options, in_chans: int = 3) -> TrainingData:
+    """The data as train_faim.py opens them."""
+    return open_datasets(
+        options.data, options.run, in_chans, options.model.num_classes, options.augmentation.epoch_repeats
+    )
 
 
 def make_images(root: Path, train: int = 4, val: int = 2, extra_val: int = 1, classes=("bird", "cat", "dog")) -> Path:

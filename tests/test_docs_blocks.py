@@ -30,7 +30,7 @@ def test_examples_run_as_they_stand():
 @pytest.mark.parametrize("command", SHELL)
 def test_training_commands_parse(command):
     words = shlex.split(command)
-    assert parse_args(words[words.index("train_faim.py") + 1 :]).faim_blocks == 2
+    assert parse_args(words[words.index("train_faim.py") + 1 :]).head.faim_blocks == 2
 
 
 def test_the_picture_is_there():

@@ -16,15 +16,12 @@ from children import in_group
 from runs import make_images
 from timm.data import create_dataset, create_loader
 
-from timm_faim.images.datasets import UNREADABLE
+from timm_faim.images.checked import UNREADABLE
 from timm_faim.report import plots
 from timm_faim.report.evaluation import Confusion, Evaluation, collect
 from timm_faim.report.predictions import evaluate
 from timm_faim.report.tables import file_names, summary_lines, write_evaluation
 from timm_faim.run.errors import UserError
-
-ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
-SKIPPING = SimpleNamespace(channels_last=False, skip_unreadable=True)
 
 
 class Batches(list):
@@ -49,8 +46,8 @@ def random_case(N=23, C=7, seed=0):
     return 3 * torch.randn(N, C, generator=generator), torch.randint(0, C, (N,), generator=generator)
 
 
-def evaluation_of(logits, target, size=5, args=ARGS):
-    return collect(logits_model(), batches_of(logits, target, size), Accelerator(cpu=True), args)
+def evaluation_of(logits, target, size=5, **options):
+    return collect(logits_model(), batches_of(logits, target, size), Accelerator(cpu=True), **options)
 
 
 def hand_made(target, prediction, confidence=None, C=4):
@@ -87,8 +84,8 @@ def test_every_number_is_that_of_the_whole_matrix_of_logits():
 def test_metrics_are_those_of_the_loop():
     logits, target = random_case()
     batches = batches_of(logits, target, 5)
-    expected = evaluate(logits_model(), batches, Accelerator(cpu=True), ARGS)
-    metrics = collect(logits_model(), batches, Accelerator(cpu=True), ARGS).metrics()
+    expected = evaluate(logits_model(), batches, Accelerator(cpu=True))
+    metrics = collect(logits_model(), batches, Accelerator(cpu=True)).metrics()
     for key in ("loss", "top1", "top5", "samples"):
         assert metrics[key] == pytest.approx(expected[key], rel=1e-6), key
     assert metrics["images_per_s"] > 0
@@ -103,7 +100,9 @@ def test_mean_over_classes_leaves_out_classes_without_images():
 def test_padding_and_unreadable_images_are_left_out():
     logits, target = random_case(6)
     target[1] = UNREADABLE
-    evaluation = collect(logits_model(), batches_of(logits, target, 3, valid=5), Accelerator(cpu=True), SKIPPING)
+    evaluation = collect(
+        logits_model(), batches_of(logits, target, 3, valid=5), Accelerator(cpu=True), skip_unreadable=True
+    )
     assert evaluation.index.tolist() == [0, 2, 3, 4]
     assert evaluation.target.tolist() == target[[0, 2, 3, 4]].tolist()
 
@@ -260,7 +259,7 @@ def _on_images(root: str, accelerator: Accelerator) -> Evaluation:
     )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
-    return collect(accelerator.prepare(model), loader, accelerator, SKIPPING)
+    return collect(accelerator.prepare(model), loader, accelerator, skip_unreadable=True)
 
 
 def test_two_processes_count_what_one_counts(tmp_path):

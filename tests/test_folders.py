@@ -14,30 +14,36 @@ import pytest
 from accelerate import Accelerator
 from children import in_group
 from PIL import Image
-from runs import TINY, make_images, train
+from runs import TINY, make_images, open_data, options_of, train
 
-from timm_faim.images.datasets import open_datasets, open_split
 from timm_faim.images.folders import check_same_classes
 from timm_faim.images.pixels import read_image
+from timm_faim.images.splits import open_split
 from timm_faim.run.errors import UserError
-from timm_faim.training.args import parse_args
 
 TIES = ["acer1", "acer01", "Acer1", "1", "01", "b"]
 ORDER = ["01", "1", "Acer1", "acer01", "acer1", "b"]
 
 
 def open_folder(root, *flags):
-    return open_datasets(parse_args(["--data-dir", str(root), *flags]), 3)
+    return open_data(options_of("--data-dir", root, *flags))
+
+
+def open_training(root):
+    options = options_of("--data-dir", root)
+    return open_split(options.data, options.run, True, 3)
 
 
 def classes_under(seed, root):
     code = (
-        "import sys; from timm_faim.training.args import parse_args; "
-        "from timm_faim.images.datasets import open_datasets; "
-        "data = open_datasets(parse_args(['--data-dir', sys.argv[1]]), 3); "
+        "import sys; from runs import open_data, options_of; "
+        "data = open_data(options_of('--data-dir', sys.argv[1])); "
         "print(data.label_names, [p for p, _ in data.train.images.reader.samples])"
     )
-    environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "PYTHONHASHSEED": str(seed),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
     return subprocess.run(
         [sys.executable, "-c", code, str(root)], env=environment, check=True, capture_output=True, text=True
     ).stdout
@@ -174,8 +180,7 @@ def test_stray_images_and_a_folder_without_classes(tmp_path):
 def test_a_pipe_in_a_class_folder_does_not_hang(tmp_path):
     make_images(tmp_path)
     os.mkfifo(tmp_path / "train" / "bird" / "9.png")
-    args = parse_args(["--data-dir", str(tmp_path)])
-    images = open_split(args, True, 3)
+    images = open_training(tmp_path)
     images.transform = lambda image: image
     number = next(i for i, (path, _) in enumerate(images.images.reader.samples) if path.endswith("9.png"))
     with pytest.raises(UserError, match=r"cannot read image .*bird/9\.png \(no regular file\).*--skip-unreadable"):
@@ -249,7 +254,7 @@ def test_sixteen_bits_with_a_sign_are_refused():
 def test_pixels_of_no_known_range_are_refused(tmp_path, dtype):
     make_images(tmp_path)
     Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "train" / "bird" / "9.tif")
-    images = open_split(parse_args(["--data-dir", str(tmp_path)]), True, 3)
+    images = open_training(tmp_path)
     images.transform = lambda image: image
     number = next(i for i, (path, _) in enumerate(images.images.reader.samples) if path.endswith("9.tif"))
     with pytest.raises(UserError, match=r"9\.tif \(.* pixels without a known range; save it with 8 bits"):
@@ -301,7 +306,7 @@ def test_fuzz_of_the_reader(tmp_path, rounds):
     rng = random.Random(rounds)
     make_images(tmp_path, train=1)
     path = tmp_path / "train" / "bird" / "0.png"
-    images = open_split(parse_args(["--data-dir", str(tmp_path)]), True, 3)
+    images = open_training(tmp_path)
     images.transform = lambda image: image
     number = next(i for i, (name, _) in enumerate(images.images.reader.samples) if "bird" in name)
     tried, refused, pairs = 0, 0, set()

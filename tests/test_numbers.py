@@ -6,15 +6,15 @@ import random
 import pytest
 import torch
 import yaml
-from runs import TINY, make_images, train
+from runs import TINY, make_images, options_of, train, values_of
 
 from timm_faim.retrieval.__main__ import build_parser as retrieve_parser
 from timm_faim.run.errors import UserError
-from timm_faim.run.numbers import Number
+from timm_faim.run.options import Number
 from timm_faim.run.weights import saved_faim_cfg
 from timm_faim.training.args import parse_args
-from timm_faim.training.flags import build_parser
 from timm_faim.training.optimiser import build_scheduler
+from timm_faim.training.options import build_parser
 
 NUMERIC = [action for action in build_parser()._actions if isinstance(action.type, Number)]
 WORDS = ["nan", "inf", "-inf", "-1", "0", "1", "1e308", "-1e-30", "4294967296", "1e400", "text", "", "0x10", "1_0", "½"]
@@ -112,13 +112,13 @@ def test_values_of_a_recipe_are_no_flags(tmp_path, content):
 def test_negative_numbers_are_values_in_any_notation(word):
     with pytest.raises(UserError, match=rf"--lr must be a number in 0\.\.1000, got {word}"):
         parse_args(["--data-dir", "d", "--lr", word])
-    assert parse_args(["--data-dir", "d", "--model", "resnet18", "--head-init-bias", "-1e-3"]).head_init_bias == -1e-3
+    assert options_of("--model", "resnet18", "--head-init-bias", "-1e-3").model.head_init_bias == -1e-3
 
 
 def test_negative_numbers_in_a_recipe_are_values(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"data_dir": "d", "head_init_bias": -2.5, "model_kwargs": {"depth": -1}}))
-    assert parse_args(["-c", str(path), "--model", "resnet18"]).head_init_bias == -2.5
+    assert values_of(parse_args(["-c", str(path), "--model", "resnet18"])).head_init_bias == -2.5
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(60, marks=pytest.mark.slow)])
@@ -139,7 +139,7 @@ def test_fuzz_of_numeric_flags(rounds):
                 refused += 1
                 assert "\n" not in str(e) and len(str(e)) < 400
             else:
-                value = getattr(args, action.dest)
+                value = getattr(values_of(args), action.dest)
                 for number in value if isinstance(value, list) else [value]:
                     assert number is None or action.type.least <= number <= action.type.most, (action.dest, words)
     assert 0.3 * tried < refused < tried
@@ -148,7 +148,7 @@ def test_fuzz_of_numeric_flags(rounds):
 
 def test_a_warm_up_leaves_epochs_at_the_full_rate():
     def of(*words):
-        return parse_args(["--data-dir", "d", *words]).warmup_epochs
+        return options_of(*words).schedule.warmup_epochs
 
     assert of() == of("--epochs", "6") == 5 and of("--epochs", "5") == 2 and of("--epochs", "1") == 0
     assert of("--epochs", "2", "--warmup-epochs", "5", "--warmup-prefix") == 5
@@ -172,10 +172,10 @@ def run(tmp_path_factory):
 
 def test_a_run_goes_on_with_the_head_that_it_was_made_with(run, capsys):
     folder, _ = run
-    args = parse_args(["--resume", str(folder)])
-    assert args.faim_cfg["preset"] == "flat" and args.faim_cfg["margin"] == 0.3
-    assert args.faim_cfg == saved_faim_cfg(folder)
-    assert parse_args(["--resume", str(folder), "--faim-cfg", "margin=0.1"]).faim_cfg == {"margin": 0.1}
+    head = parse_args(["--resume", str(folder)]).head
+    assert head.faim_cfg["preset"] == "flat" and head.faim_cfg["margin"] == 0.3
+    assert head.faim_cfg == saved_faim_cfg(folder)
+    assert values_of(parse_args(["--resume", str(folder), "--faim-cfg", "margin=0.1"])).faim_cfg == {"margin": 0.1}
 
 
 def test_options_that_make_another_head_do_not_go_on_with_a_run(run):
@@ -197,7 +197,7 @@ def test_schedules_without_rates_are_one_line(line):
     args = parse_args(["--data-dir", "d", "--warmup-epochs", "0", *line.split()])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     try:
-        _, epochs = build_scheduler(args, optimizer, batches=4)
+        _, epochs = build_scheduler(args.schedule, args.run, optimizer, updates=4)
     except UserError as e:
         assert "--sched" in str(e) and "\n" not in str(e)
     else:
@@ -209,11 +209,11 @@ def test_schedules_without_rates_are_one_line(line):
 def test_usual_schedules_have_rates(sched):
     args = parse_args(["--data-dir", "d", "--sched", sched, "--epochs", "100", "--decay-epochs", "30", "--lr-noise",
                        "0.4", "0.9"])  # fmt: skip
-    build_scheduler(args, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), batches=4)
+    build_scheduler(args.schedule, args.run, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), updates=4)
 
 
 def test_a_recipes_warm_up_gives_way_to_a_shorter_run():
-    assert parse_args(["--epochs", "1"]).warmup_epochs == 0 and parse_args(["--epochs", "2"]).warmup_epochs == 1
+    assert [parse_args(["--epochs", count]).schedule.warmup_epochs for count in "12"] == [0, 1]
     with pytest.raises(UserError, match="leaves none"):
         parse_args(["--epochs", "2", "--warmup-epochs", "2"])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
-from runs import make_images, read_summary, train
+from runs import make_images, read_summary, train, values_of
 from timm.models import get_pretrained_cfg
 
 import timm_faim  # noqa: F401
@@ -58,14 +58,14 @@ def test_there_are_four():
 
 @by_name(RECIPES)
 def test_options_are_what_the_recipe_says(path):
-    args = vars(parse_args(["--config", str(path), "--data-dir", "d"]))
+    args = vars(values_of(parse_args(["--config", str(path), "--data-dir", "d"])))
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         assert args[key] == value, key
 
 
 @by_name(RECIPES)
 def test_model_exists_with_its_weights(path):
-    args = parse_args(["--config", str(path), "--data-dir", "d"])
+    args = parse_args(["--config", str(path), "--data-dir", "d"]).model
     assert timm.is_model(args.model.split(".")[0])
     if args.pretrained:  # an unknown tag gives no config
         name, tag = args.model.split(".")
@@ -76,7 +76,7 @@ def test_model_exists_with_its_weights(path):
 
 @by_name(FINE_TUNING)
 def test_fine_tuning_starts_from_pretrained_weights(path):
-    assert parse_args(["--config", str(path), "--data-dir", "d"]).pretrained
+    assert parse_args(["--config", str(path), "--data-dir", "d"]).model.pretrained
 
 
 @by_name(RECIPES)

@@ -22,7 +22,6 @@ from timm_faim.report.evaluation import Evaluation, collect
 from timm_faim.report.names import class_name, short_name
 from timm_faim.report.page import write_report
 
-ARGS = SimpleNamespace(channels_last=False, skip_unreadable=False)
 FLAT = PRESETS["flat"] | {"lambda_init": 0.4}
 HEADS = {
     "default": {},
@@ -254,7 +253,7 @@ def report_of(tmp_path, images, name, history=(), channels=3, label_names=("bird
         )
         for split in ("train", "val")
     )
-    evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
+    evaluation = collect(model, val, Accelerator(cpu=True))
     (tmp_path / "args.yaml").write_text("model: x\nscale: [0.1, 1.0]\nfaim_cfg: {margin: 0.2}\namp: true\n")
     page = write_report(
         tmp_path,
@@ -345,7 +344,7 @@ def test_report_measures_the_share_on_the_predicted_prototypes(images, tmp_path,
     """The number in the table is the mean of λ|β'v| / d over all 7 images."""
     model = timm.create_model("faim_test_resnet", num_classes=3, faim_cfg={"preset": "flat", "lambda_init": 0.8}).eval()
     val = loader_of(images, "val")
-    evaluation = collect(model, val, Accelerator(cpu=True), ARGS)
+    evaluation = collect(model, val, Accelerator(cpu=True))
     page = write_report(tmp_path, model, [], evaluation=evaluation, val_images=val)
     (head,) = faim_heads(model).values()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from test_train_loop import Batches, linear_model, random_batches, training
 import timm_faim
 from timm_faim import hub
 from timm_faim.run.errors import RankError, UserError, is_lost_process, resource_advice
-from timm_faim.run.finished import FINISHED, record_done, work_left
+from timm_faim.run.finished import FINISHED, FinishOptions, record_done, work_left
 from timm_faim.run.lock import lock_run_folder, release_locks
 from timm_faim.training import finish
 from timm_faim.training.fits import build_refit
@@ -164,7 +164,7 @@ def test_a_run_that_trains_on_is_unfinished_again(images, tmp_path, monkeypatch)
 @pytest.mark.parametrize("content", ["", "[]", '{"epochs": 2}', '{"epochs": 2, "done": 3}', "\xff"])
 def test_a_damaged_record_says_that_nothing_is_done(tmp_path, content):
     (tmp_path / FINISHED).write_bytes(content.encode("latin-1"))
-    args = SimpleNamespace(report=True, push_to_hub="a/b")
+    args = FinishOptions(push_to_hub="a/b")
     assert work_left(args, tmp_path, 2) == ["report", "push to a/b"]
     record_done(tmp_path, 2, "report")
     assert work_left(args, tmp_path, 2) == ["push to a/b"] and work_left(args, tmp_path, 3) != ["push to a/b"]
@@ -251,13 +251,10 @@ def test_a_worker_lost_during_a_checkpoint_is_not_the_checkpoints_fault(images, 
     ],
 )
 def test_what_torch_says_in_many_lines_is_one(error, said):
-    class Args:
-        batch_size, grad_accum_steps, output = 1, 1, "."
-
-    with pytest.raises(RankError, match=said), resource_advice(Args):
+    with pytest.raises(RankError, match=said), resource_advice(1, 1, "."):
         raise error
     for other in (RuntimeError("something else"), ValueError("something else")):
-        with pytest.raises(type(other), match="something else"), resource_advice(Args):
+        with pytest.raises(type(other), match="something else"), resource_advice(1, 1, "."):
             raise other
 
 
@@ -285,10 +282,10 @@ class Stream(Batches):
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_a_stream_that_ends_early_loses_no_images(tmp_path, count):
     short, whole = linear_model(), linear_model()
-    run = training(short, Stream(random_batches(count)), tmp_path, grad_accum_steps=3)
+    run = training(short, Stream(random_batches(count)), tmp_path, argv=["--grad-accum-steps", "3"])
     train_one_epoch(run)
     assert run.progress.updates == -(-count // 3)
-    train_one_epoch(training(whole, random_batches(count), tmp_path, grad_accum_steps=3))
+    train_one_epoch(training(whole, random_batches(count), tmp_path, argv=["--grad-accum-steps", "3"]))
     for got, wanted in zip(short.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
 

@@ -16,8 +16,9 @@ from timm_faim.models.published import EntryError, read_entry
 from timm_faim.models.saved import check_config
 from timm_faim.retrieval.images import open_model
 from timm_faim.run.errors import UserError
-from timm_faim.training.args import as_recipe, parse_args
+from timm_faim.training.args import parse_args
 from timm_faim.training.model import build_model
+from timm_faim.training.options import as_recipe
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Contrastive losses in training: batches of classes, views, the losses on record, several processes, resuming."""
 
-import argparse
 import copy
 from collections import Counter
 
@@ -18,7 +17,7 @@ from timm_faim.run.errors import UserError
 from timm_faim.training import class_sampling
 from timm_faim.training.args import parse_args
 from timm_faim.training.class_sampling import ClassSampler
-from timm_faim.training.contrastive import ContrastiveTask, Views, parse_losses
+from timm_faim.training.contrastive import ContrastiveOptions, ContrastiveTask, Views, parse_losses
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def build_task(losses, world=1):
     faim_cfg = dict(preset="flat", space="sphere", lambda_init=0.1)
     model = timm.create_model("faim_test_vit", img_size=32, num_classes=5, faim_cfg=faim_cfg).train()
     args = parse_args(["--data-dir", "d", "--model", "faim_test_vit", "--views", "2", "--contrastive", *losses])
-    return model, ContrastiveTask(model, TargetMargin(nn.CrossEntropyLoss(), model), args, verbose=False)
+    return model, ContrastiveTask(model, TargetMargin(nn.CrossEntropyLoss(), model), args.contrastive, verbose=False)
 
 
 LOSSES = ["infonce:0.3", "supcon:0.2", "triplet:0.5", "npair:0.1"]
@@ -167,7 +166,7 @@ class Convolutional(nn.Module):
 
 
 def test_features_of_convolutional_heads_and_of_tokens():
-    args = argparse.Namespace(contrastive=["supcon"], contrastive_temperature=0.1, model="m")
+    args = ContrastiveOptions(contrastive=["supcon"])
     model = Convolutional(2).train()
     x, target = torch.randn(6, 4, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     task = ContrastiveTask(model, nn.CrossEntropyLoss(), args, verbose=False)

@@ -19,7 +19,7 @@ from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 
 from timm_faim.run.errors import UserError
-from timm_faim.training.state import FOLDER
+from timm_faim.training.checkpoints import FOLDER
 
 # Everything that holds state or draws: a closed-form start, mixup, erasing, dropout, average, accumulation, batch norm.
 FULL = [

@@ -6,27 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import options_of
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
 
-from timm_faim.images.datasets import UNREADABLE
+from timm_faim.images.checked import UNREADABLE
 from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import RankError
 from timm_faim.training.loop import LateReader, Training, train_one_epoch
-
-ARGS = SimpleNamespace(
-    grad_accum_steps=1,
-    clip_grad=None,
-    clip_mode="norm",
-    channels_last=False,
-    log_interval=1,
-    seed=0,
-    skip_unreadable=False,
-    multi_label=False,
-    mixup_off_epoch=0,
-    recovery_interval=0,
-    smoothing=0.0,
-)
 
 
 class Batches(list):
@@ -51,17 +38,17 @@ def linear_model():
     return torch.nn.Linear(4, 3)
 
 
-def training(model, batches, folder, criterion=None, **options):
+def training(model, batches, folder, criterion=None, argv=()):
     accelerator = Accelerator(cpu=True)
-    args = SimpleNamespace(**vars(ARGS) | options)
+    options = options_of("--seed", "0", "--log-interval", "1", *argv)
     task = ClassificationTask(model, criterion=criterion or torch.nn.CrossEntropyLoss(), verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     task.trainable_module, optimizer = accelerator.prepare(model, optimizer)
-    return Training(args, accelerator, model, model, task, optimizer, batches, folder)
+    return Training(options, accelerator, model, model, task, optimizer, batches, folder)
 
 
-def run_epoch(model, batches, folder, criterion=None, **options):
-    return train_one_epoch(training(model, batches, folder, criterion, **options))
+def run_epoch(model, batches, folder, criterion=None, argv=()):
+    return train_one_epoch(training(model, batches, folder, criterion, argv))
 
 
 def test_late_reader_reads_each_step_one_step_late():
@@ -90,7 +77,7 @@ def test_accumulated_updates_are_those_of_the_larger_batches(tmp_path, accum):
     """5 batches: windows of 2, 2 and 1, or of 3 and 2. The last, shorter window makes an update as well."""
     batches = random_batches(5)
     model = linear_model()
-    run_epoch(model, batches, tmp_path, grad_accum_steps=accum)
+    run_epoch(model, batches, tmp_path, argv=["--grad-accum-steps", accum])
 
     expected = linear_model()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
@@ -104,7 +91,7 @@ def test_accumulated_updates_are_those_of_the_larger_batches(tmp_path, accum):
 
 def test_clipping_bounds_the_update(tmp_path):
     model, start = linear_model(), linear_model()
-    run_epoch(model, random_batches(1), tmp_path, clip_grad=1e-3)
+    run_epoch(model, random_batches(1), tmp_path, argv=["--clip-grad", 1e-3])
     step = torch.cat([(a - b).detach().flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)])
     assert step.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
@@ -137,7 +124,7 @@ def test_an_epoch_goes_on_where_the_progress_stands(tmp_path, step):
 
 
 def test_a_request_to_stop_is_met_at_an_update_with_a_checkpoint(tmp_path):
-    run = training(linear_model(), random_batches(7), tmp_path, grad_accum_steps=2)
+    run = training(linear_model(), random_batches(7), tmp_path, argv=["--grad-accum-steps", 2])
     saved = []
     run.checkpointer = SimpleNamespace(save=lambda progress: saved.append((progress.step, progress.samples)))
     run.stop.requested = True
@@ -169,7 +156,7 @@ def test_evaluation_leaves_padding_out():
     batches.sampler = SimpleNamespace(num_valid_samples=5)
     model = linear_model()
     images, target = (torch.cat(parts)[:5] for parts in zip(*batches, strict=True))
-    metrics = evaluate(model, batches, Accelerator(cpu=True), ARGS)
+    metrics = evaluate(model, batches, Accelerator(cpu=True))
     assert metrics["samples"] == 5
     assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(images), target).item(), rel=1e-6)
     assert metrics["top1"] == pytest.approx(100 * (model(images).argmax(1) == target).float().mean().item())
@@ -182,7 +169,7 @@ def test_evaluation_leaves_padding_and_unreadable_images_out():
     model = linear_model()
     keep = [0, 2, 3, 4]
     images, target = (torch.cat(parts)[keep] for parts in zip(*batches, strict=True))
-    metrics = evaluate(model, batches, Accelerator(cpu=True), SimpleNamespace(**vars(ARGS) | {"skip_unreadable": True}))
+    metrics = evaluate(model, batches, Accelerator(cpu=True), skip_unreadable=True)
     assert metrics["samples"] == 4
     assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(images), target).item(), rel=1e-6)
 

@@ -1,7 +1,5 @@
 """The parts of a model and their learning rates."""
 
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
@@ -9,16 +7,15 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_faim  # noqa: F401  (registers the faim_ models)
+from timm_faim.training.freeze import LearningOptions
 from timm_faim.training.optimiser import learning_rates, parts_of, sizes_of_parts, split_groups
-
-SCALES = dict(lr_scale_backbone=1.0, lr_scale_mu=1.0, lr_scale_scalars=1.0)
 
 
 def build(name="faim_test_resnet", opt="adamw", layer_decay=None, **scales):
     options = {"faim_cfg": {"preset": "flat"}} if name.startswith("faim_") else {}
     model = timm.create_model(name, num_classes=3, **options)
     optimizer = create_optimizer_v2(model, opt, lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
-    split_groups(optimizer, model, SimpleNamespace(**SCALES | scales))
+    split_groups(optimizer, model, LearningOptions(**scales))
     return model, optimizer
 
 

@@ -16,9 +16,10 @@ from timm_faim.run.weights import save_config
 from timm_faim.training.args import parse_args
 from timm_faim.training.fits import fit_heads_to
 from timm_faim.training.freeze import apply_freeze
+from timm_faim.training.loss import build_criterion, build_mixup
 from timm_faim.training.model import build_data_config, build_model, sync_batch_norm
 from timm_faim.training.optimiser import build_optimizer, build_scheduler
-from timm_faim.training.tasks import build_criterion, build_mixup, build_task
+from timm_faim.training.tasks import build_task
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,10 @@ def options(*argv, model="test_resnet"):
 def build(*argv, model="test_resnet", classes=3):
     args = options(*argv, model=model)
     return args, build_model(args, classes)
+
+
+def mixup_of(options):
+    return build_mixup(options.mixing, options.loss, options.data, 3)
 
 
 def images(count=4, channels=3):
@@ -121,7 +126,7 @@ def test_run_that_began_with_a_file_opens_without_it(tmp_path):
     args, model = build("--pretrained-path", path)
     run = tmp_path / "run"
     run.mkdir()
-    save_config(model, run / "config.json", build_data_config(args, model), None, pretrained=False)
+    save_config(model, run / "config.json", build_data_config(args.input, model), None, pretrained=False)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, run / "model.safetensors")
     path.unlink()
     again = timm.create_model(f"local-dir:{run}", pretrained=True)
@@ -149,12 +154,12 @@ class FakeAccelerator:
 
 def test_synchronised_batch_norm_only_over_processes():
     args, model = build("--sync-bn", model="faim_test_efficientnet")
-    assert sync_batch_norm(args, model, FakeAccelerator(1, "cpu")) is model and args.dist_bn == "reduce"
+    assert sync_batch_norm(args.device, model, FakeAccelerator(1, "cpu")) is model and args.device.dist_bn == "reduce"
     with pytest.raises(UserError, match="--sync-bn works on GPUs only"):
-        sync_batch_norm(args, model, FakeAccelerator(2, "cpu"))
-    synced = sync_batch_norm(args, model, FakeAccelerator(2, "cuda"))
+        sync_batch_norm(args.device, model, FakeAccelerator(2, "cpu"))
+    synced = sync_batch_norm(args.device, model, FakeAccelerator(2, "cuda"))
     norms = [m for m in synced.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    assert all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms) and args.dist_bn == ""
+    assert all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms) and args.device.dist_bn == ""
     assert list(faim_heads(synced)) == ["classifier"]
 
 
@@ -242,13 +247,13 @@ def test_other_losses_of_timm_have_gradients(loss):
 
 def test_mixup_of_index_and_of_dense_targets():
     args, _ = build("--cutmix-minmax", "0.4", "0.6", "--smoothing", "0.3")
-    mixed, target = build_mixup(args, 3)(images(), torch.tensor([0, 1, 2, 0]))
+    mixed, target = mixup_of(args)(images(), torch.tensor([0, 1, 2, 0]))
     assert target.shape == (4, 3) and torch.allclose(target.sum(1), torch.ones(4)) and target.min() >= 0.1 - 1e-6
     args, _ = build("--mixup", "1", "--multi-label", "--dataset", "hfds/x")
-    mixup = build_mixup(args, 3)
+    mixup = mixup_of(args)
     mixup.mixup_enabled = False
     assert torch.equal(mixup(images(2), HOT)[1], HOT)
-    assert build_mixup(options(), 3) is None
+    assert mixup_of(options()) is None
 
 
 # Tasks
@@ -391,7 +396,7 @@ def test_teacher_with_other_classes(teacher):
     args, net = build("--kd-model-name", teacher(), classes=4)
     with pytest.raises(UserError, match=r"has 3 classes, the data 4\. Take a teacher trained on these"):
         build_task(args, net, build_criterion(args, net), CPU)
-    args, net = build("--kd-model-name", args.kd_model_name, "--kd-distill-type", "feature", classes=4)
+    args, net = build("--kd-model-name", args.distillation.kd_model_name, "--kd-distill-type", "feature", classes=4)
     build_task(args, net, build_criterion(args, net), CPU)
 
 
@@ -444,7 +449,7 @@ def test_optimiser_arguments():
         "--layer-decay-min-scale",
         "0.2",
     )
-    optimizer = build_optimizer(args, model, 1)
+    optimizer = build_optimizer(args.optimiser, args.schedule.lr or 0.1, model)
     assert optimizer.defaults["amsgrad"] is True
     assert min(group["lr_scale"] for group in optimizer.param_groups) == 0.2
 
@@ -453,7 +458,7 @@ def test_optimiser_arguments():
 def test_bad_optimiser_arguments(given):
     args, model = build("--opt", "adamw", "--opt-kwargs", given)
     with pytest.raises(UserError, match="^--opt adamw: "):
-        build_optimizer(args, model, 1)
+        build_optimizer(args.optimiser, args.schedule.lr or 0.1, model)
 
 
 def test_schedule_with_cycles_and_noise():
@@ -471,14 +476,14 @@ def test_schedule_with_cycles_and_noise():
         "--sched",
         "cosine",
     )
-    optimizer = build_optimizer(args, model, 1)
-    scheduler, epochs = build_scheduler(args, optimizer, 10)
+    optimizer = build_optimizer(args.optimiser, args.schedule.lr or 0.1, model)
+    scheduler, epochs = build_scheduler(args.schedule, args.run, optimizer, 10)
     assert epochs == 8
     scheduler.step(4)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
-    args.lr_noise = [0.0]
-    noisy = build_optimizer(args, model, 1)
-    scheduler, _ = build_scheduler(args, noisy, 10)
+    args.schedule.lr_noise = [0.0]
+    noisy = build_optimizer(args.optimiser, args.schedule.lr or 0.1, model)
+    scheduler, _ = build_scheduler(args.schedule, args.run, noisy, 10)
     scheduler.step(4)
     assert noisy.param_groups[0]["lr"] != pytest.approx(0.5)
 
@@ -486,8 +491,8 @@ def test_schedule_with_cycles_and_noise():
 @pytest.mark.parametrize("argv", [["--sched", "wsd", "--epochs", "5"], ["--sched", "plateau", "--sched-on-updates"]])
 def test_schedule_that_does_not_fit(argv):
     args, model = build("--lr", "1", *argv)
-    with pytest.raises(UserError, match=f"^--sched {args.sched}: "):
-        build_scheduler(args, build_optimizer(args, model, 1), 10)
+    with pytest.raises(UserError, match=f"^--sched {args.schedule.sched}: "):
+        build_scheduler(args.schedule, args.run, build_optimizer(args.optimiser, args.schedule.lr or 0.1, model), 10)
 
 
 # Freezing
@@ -528,7 +533,7 @@ def classifier(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_head_only_changes_nothing_but_the_classifier(name):
     args, model = build("--head-only", model=name)
-    changed = step(model, apply_freeze(args, model))
+    changed = step(model, apply_freeze(args.learning, model))
     assert changed and all(key.startswith(classifier(model)) for key in changed)
 
 
@@ -544,7 +549,7 @@ def test_head_only_changes_nothing_but_the_classifier(name):
 )
 def test_train_last_changes_the_last_block_the_norm_and_the_classifier(name, prefixes):
     args, model = build("--train-last", "1", model=name)
-    changed = step(model, apply_freeze(args, model))
+    changed = step(model, apply_freeze(args.learning, model))
     learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(key.startswith(prefixes) for key in changed)
     assert all(any(key.startswith(prefix) for key in learns) for prefix in prefixes)
@@ -553,9 +558,15 @@ def test_train_last_changes_the_last_block_the_norm_and_the_classifier(name, pre
 def test_swin_keeps_blocks_and_norm_together():
     args = options("--train-last", "1", model="faim_swin_tiny_patch4_window7_224")
     model = timm.create_model(
-        args.model, num_classes=3, img_size=32, window_size=1, embed_dim=12, depths=(1, 1, 1, 2), num_heads=(1, 1, 1, 1)
+        args.model.model,
+        num_classes=3,
+        img_size=32,
+        window_size=1,
+        embed_dim=12,
+        depths=(1, 1, 1, 2),
+        num_heads=(1, 1, 1, 1),
     )
-    apply_freeze(args, model)
+    apply_freeze(args.learning, model)
     learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert {".".join(key.split(".")[:4]) for key in learns if key.startswith("layers")} == {"layers.3.blocks.1"}
     assert "norm.weight" in learns and "head.fc.mu" in learns
@@ -564,15 +575,15 @@ def test_swin_keeps_blocks_and_norm_together():
 def test_more_blocks_than_the_model_has():
     args, model = build("--train-last", "7", model="faim_test_vit")
     with pytest.raises(UserError, match=r"--train-last 7: faim_test_vit has 6 blocks\. Give at most 6"):
-        apply_freeze(args, model)
-    args.train_last = 6
-    apply_freeze(args, model)
+        apply_freeze(args.learning, model)
+    args.learning.train_last = 6
+    apply_freeze(args.learning, model)
     assert not model.patch_embed.proj.weight.requires_grad and model.blocks[0].norm1.weight.requires_grad
 
 
 def test_frozen_names_and_globs():
     args, model = build("--freeze", "conv1", "layer[12]", "fc.metric", model="faim_test_resnet")
-    frozen = apply_freeze(args, model)
+    frozen = apply_freeze(args.learning, model)
     assert {id(m) for m in frozen} == {id(m) for m in (model.conv1, model.layer1, model.layer2, model.fc.metric)}
     changed = step(model, frozen)
     assert not any(key.startswith(("conv1.", "layer1.", "layer2.", "fc.metric.")) for key in changed)
@@ -581,7 +592,7 @@ def test_frozen_names_and_globs():
 
 def test_frozen_parameter_beside_modules():
     args, model = build("--freeze", "pos_embed", "blocks.0", model="test_vit")
-    assert apply_freeze(args, model) == [model.blocks[0]] and not model.pos_embed.requires_grad
+    assert apply_freeze(args.learning, model) == [model.blocks[0]] and not model.pos_embed.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -594,18 +605,18 @@ def test_frozen_parameter_beside_modules():
 def test_bad_names_to_freeze(name, message):
     args, model = build("--freeze", name)
     with pytest.raises(UserError, match=message):
-        apply_freeze(args, model)
+        apply_freeze(args.learning, model)
 
 
 def test_dropout_of_the_classifier_stays_that_of_the_backbone_does_not():
     args, model = build("--head-only", "--drop", "0.5", "--model-kwargs", "pos_drop_rate=0.5", model="faim_test_vit")
-    frozen = {id(m) for m in apply_freeze(args, model)}
+    frozen = {id(m) for m in apply_freeze(args.learning, model)}
     assert id(model.pos_drop) in frozen and id(model.head_drop) not in frozen
 
 
 def test_nothing_is_frozen_without_options():
     args, model = build()
-    assert apply_freeze(args, model) == [] and all(p.requires_grad for p in model.parameters())
+    assert apply_freeze(args.learning, model) == [] and all(p.requires_grad for p in model.parameters())
 
 
 def test_heads_are_fitted_in_low_precision():

@@ -45,7 +45,7 @@ def evaluate_run(run, images):
         is_training=False,
         **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct")},
     )
-    return model, evaluate(model, loader, Accelerator(cpu=True), parse_args(["--data-dir", "d"]))
+    return model, evaluate(model, loader, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_bad_loss_in_a_later_epoch_keeps_the_checkpoint(images, tmp_path, monkey
 
 
 def test_weights_that_break_in_the_last_step_are_not_saved(images, tmp_path, monkeypatch):
-    def bad_evaluation(*_):
+    def bad_evaluation(*_, **__):
         return {"loss": float("nan"), "top1": 0.0, "top5": 0.0, "samples": 7}
 
     monkeypatch.setattr(epochs, "evaluate", bad_evaluation)
@@ -493,8 +493,9 @@ def test_refitted_heads_are_class_statistics_of_the_trained_features(images, tmp
 
 @pytest.mark.parametrize("other", ["--cache-features --head-only", "--fsdp", "--aug-splits 2"])
 def test_refit_needs_whole_models(other):
-    assert parse_args([]).head_refit == 3 and parse_args(["--head-refit", "-1"]).head_refit is None  # the demo
-    assert parse_args(other.split()).head_refit is None, "what the recipe asks for gives way"
+    assert parse_args([]).head.head_refit == 3  # the demo
+    assert parse_args(["--head-refit", "-1"]).head.head_refit is None
+    assert parse_args(other.split()).head.head_refit is None, "what the recipe asks for gives way"
     with pytest.raises(UserError, match=f"--head-refit does not go with {other.split()[0]}"):
         parse_args(f"--data-dir d --model faim_resnet18 --head-refit 1 {other}".split())
 

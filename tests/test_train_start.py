@@ -13,7 +13,8 @@ from timm_faim.run.summary import read_summary as rows_of
 from timm_faim.run.weights import BEST
 from timm_faim.training import epochs, finish
 from timm_faim.training.args import parse_args
-from timm_faim.training.state import FOLDER, Progress, _read_progress
+from timm_faim.training.checkpoints import FOLDER
+from timm_faim.training.state import Progress, _read_progress
 
 START = ["--head-init", "data"]
 
@@ -39,7 +40,7 @@ def test_a_run_of_no_epochs_fits_evaluates_and_saves(images, tmp_path, capsys):
 
 def test_a_start_that_no_epoch_betters_is_the_best(images, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(epochs, "evaluate", lambda *args: {"loss": next(losses)})
+    monkeypatch.setattr(epochs, "evaluate", lambda *_, **__: {"loss": next(losses)})
     run = train_tiny(images, tmp_path, *START, "--eval-metric", "loss", "--checkpoint-hist", "2")
     best, start = (load_file(run / name) for name in (BEST, "top/epoch_0000.safetensors"))
     assert all(torch.equal(best[name], start[name]) for name in best)
@@ -128,7 +129,7 @@ def test_what_no_epochs_do_not_go_with(argv, message):
 def test_a_recipes_refit_and_warm_up_give_way(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{data_dir: d, epochs: 9, warmup_epochs: 3, head_refit: 2, head_init: data}")
     args = parse_args(["-c", str(tmp_path / "recipe.yaml"), "--epochs", "0"])
-    assert (args.epochs, args.warmup_epochs, args.head_refit) == (0, 0, None)
+    assert (args.schedule.epochs, args.schedule.warmup_epochs, args.head.head_refit) == (0, 0, None)
 
 
 def test_a_saved_plain_model_has_nothing_to_fit(images, tmp_path):

@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 
 from timm_faim.run.errors import RankError, UserError
 from timm_faim.training import state
-from timm_faim.training.state import FOLDER, Checkpointer, Progress, check_checkpoint, epochs_done, find_checkpoint
+from timm_faim.training.checkpoints import FOLDER, check_checkpoint, epochs_done, find_checkpoint
+from timm_faim.training.state import Checkpointer, Progress
 
 LAYOUT = {"processes": 1, "batch_size": 4, "grad_accum_steps": 1, "images": 20}
 

@@ -14,7 +14,7 @@ from timm_faim.documents import read_json
 from timm_faim.models.published import INPUT_KEYS
 from timm_faim.models.saved import is_number
 from timm_faim.run.errors import UserError
-from timm_faim.training.flags import build_parser
+from timm_faim.training.options import build_parser
 
 # Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
 # options with choices are public too; anything else is not published.

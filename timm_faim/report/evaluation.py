@@ -3,7 +3,6 @@
 Shapes: N images, C classes. Shares and accuracies are in per cent, as everywhere in timm; confidences in 0..1.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args: argparse.Namespace) -> Evaluation:
+def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, **options: bool) -> Evaluation:
     """What the model says of the images of `predictions`; a collective call, with the same result on every process.
 
     Logits are reduced batch by batch, so that memory grows with N only.
@@ -146,7 +145,7 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
         loader: timm's validation loader of (images [B, channels, H, W], target [B]). Process r of W reads the images
             r, r + W, r + 2 W, ... of the data set; for iterable data `index` is no more than a number.
         accelerator: where and in which precision to run.
-        args: options (channels_last, skip_unreadable).
+        **options: those of `predictions`.
 
     Raises:
         UserError: a label outside the model's classes.
@@ -156,7 +155,7 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, args:
     whole = [torch.empty(0, 4, dtype=torch.int64, device=device)]
     real = [torch.empty(0, 3, device=device)]
     warm_images, num_classes, start = 0, 0, None
-    for output, target, place in predictions(model, loader, accelerator, args):
+    for output, target, place in predictions(model, loader, accelerator, **options):
         if target.ndim != 1:
             raise ValueError(f"expected class indices [B], got targets of shape {list(target.shape)}")
         num_classes = output.shape[1]

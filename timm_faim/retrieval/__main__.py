@@ -27,8 +27,7 @@ from timm_faim.retrieval.images import Images, open_folder, open_model, read_ima
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import atomic_write, check_writable
-from timm_faim.run.numbers import whole
-from timm_faim.run.parser import Parser, available_cores
+from timm_faim.run.options import Parser, available_cores, whole
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
 NEIGHBOURS = 8  # of a row of the sheet

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.tap import layer_inputs, pooled
-from timm_faim.images.datasets import UNREADABLE, CheckedImages, reader_of
+from timm_faim.images.checked import UNREADABLE, CheckedImages, reader_of
 from timm_faim.images.folders import check_one_level, put_in_order
 from timm_faim.images.pictures import Pictures
 from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean

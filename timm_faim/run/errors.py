@@ -1,6 +1,5 @@
 """Errors that a person can mend, shown as one line instead of a traceback."""
 
-import argparse
 import difflib
 import errno
 import os
@@ -102,7 +101,7 @@ def report(error: UserError) -> None:
 
 
 @contextmanager
-def resource_advice(args: argparse.Namespace) -> Iterator[None]:
+def resource_advice(batch_size: int, grad_accum_steps: int, output: str) -> Iterator[None]:
     """Turn "out of memory" and "disk full" within the block into a `RankError` that says what to try."""
     try:
         yield
@@ -114,22 +113,21 @@ def resource_advice(args: argparse.Namespace) -> Iterator[None]:
             ) from e
         if "Expected more than 1 value per channel" in str(e):
             raise RankError(
-                f"batch norm cannot train on one value: --batch-size {args.batch_size} is too small for "
+                f"batch norm cannot train on one value: --batch-size {batch_size} is too small for "
                 "this model and image size. Give at least --batch-size 2, or a larger --img-size"
             ) from e
         if isinstance(e, ValueError) or not should_reduce_batch_size(e):
             raise
-        half, twice = max(1, args.batch_size // 2), 2 * args.grad_accum_steps
+        half, twice = max(1, batch_size // 2), 2 * grad_accum_steps
         raise RankError(
-            f"out of memory with --batch-size {args.batch_size}. Try --batch-size {half} --grad-accum-steps {twice}, "
+            f"out of memory with --batch-size {batch_size}. Try --batch-size {half} --grad-accum-steps {twice}, "
             "the same number of images an update, or --grad-checkpointing, --amp --amp-dtype bfloat16, or a smaller "
             "--img-size"
         ) from e
     except (OSError, SafetensorError) as e:
         if not _is_of(e, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        output = Path(args.output)
-        free = shutil.disk_usage(output if output.exists() else ".").free / 2**20
+        free = shutil.disk_usage(output if Path(output).exists() else ".").free / 2**20
         raise RankError(
             f"cannot write to the run folder: {' '.join(str(e).split())} ({free:.0f} MiB free in {output})."
             " What was saved before is kept; free some space and go on with --resume auto"

@@ -1,14 +1,29 @@
 """What is done of a run after its last epoch, on record in its folder, so that a resumed run does only what is left."""
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from timm_faim.documents import read_json
 from timm_faim.run.files import atomic_write
+from timm_faim.run.options import flag, option
 
 FINISHED = ".finished"
 REPORT = "report"
+
+
+@dataclass
+class FinishOptions:
+    """Report and publication."""
+
+    report: bool = flag("write an HTML page about the run", True, marks="runtime")
+    push_to_hub: str = option(
+        "publish the finished run on the Hugging Face Hub", "", metavar="ORG/NAME", marks="usual training runtime"
+    )
+    hub_private: bool = flag("with --push-to-hub: make a private repository", marks="training runtime")
+    hub_license: str | None = option(
+        "with --push-to-hub: licence of the weights, for example apache-2.0", metavar="ID", marks="training runtime"
+    )
 
 
 def push_to(repo: str) -> str:
@@ -16,9 +31,9 @@ def push_to(repo: str) -> str:
     return f"push to {repo}"
 
 
-def work_left(args: argparse.Namespace, folder: Path, epochs: int) -> list[str]:
+def work_left(options: FinishOptions, folder: Path, epochs: int) -> list[str]:
     """What is asked for after `epochs` epochs and not done: REPORT, `push_to(...)`, in the order of doing."""
-    asked = ([REPORT] if args.report else []) + ([push_to(args.push_to_hub)] if args.push_to_hub else [])
+    asked = ([REPORT] if options.report else []) + ([push_to(options.push_to_hub)] if options.push_to_hub else [])
     done = _read(folder, epochs)
     return [work for work in asked if work not in done]
 

@@ -13,17 +13,18 @@ from timm_faim.documents import read_yaml
 from timm_faim.models import may_be_converted
 from timm_faim.models.config import resolve_faim_cfg
 from timm_faim.run.errors import UserError, did_you_mean
-from timm_faim.run.parser import Parser, switch
+from timm_faim.run.options import Flag, Parser, marked, reset, taken_from
 from timm_faim.run.weights import saved_faim_cfg
-from timm_faim.training.flags import FAIM_ONLY, ONE_LAUNCH, TRAINING_ONLY, build_parser
+from timm_faim.training.options import GROUPS, ONE_LAUNCH, Options, build_parser
 from timm_faim.training.removed import REMOVED, without_removed
-from timm_faim.training.rules import check_combinations, check_values, evaluator_of, flag_of, is_faim, without_refit
+from timm_faim.training.rules import check_combinations, check_values, evaluator_of, without_refit
 
 DEMO_RECIPE = Path(__file__).parents[1] / "configs" / "omniglot.yaml"
+FAIM_ONLY = marked(GROUPS.values(), "faim")
 WARM_UP = 5  # epochs, unless a run is no longer than that
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> Options:
     """Options from defaults, then the recipe, then the command line; the later wins.
 
     Without any of --config, --data-dir, --dataset and --resume PATH the bundled Omniglot recipe is the recipe. With
@@ -43,68 +44,74 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         recipe = str(DEMO_RECIPE)
     # The last word keeps a positional DIR from becoming a value of the recipe's last list.
     words = [*_recipe_words(parser, Path(recipe), skip), f"--config={recipe}"] if recipe else []
-    args = _parse_line(parser, [*words, *argv])
-    args.config, args.data_dir = recipe, args.data or args.data_dir
+    flat = _parse_line(parser, [*words, *argv])
+    options = Options(**{name: taken_from(group, flat) for name, group in GROUPS.items()}, config=recipe)
+    options.data.data_dir = flat.data or flat.data_dir
     if skip and recipe and line.faim_cfg is None and line.faim_blocks is None:
-        _keep_head_of_run(args, Path(recipe).parent)
-    del args.data
+        _keep_head_of_run(options, Path(recipe).parent)
 
-    if not is_faim(args.model):
-        given = [key for key in FAIM_ONLY if any(w.split("=")[0] == flag_of(key) for w in argv)]
+    if not is_faim(model := options.model.model):
+        given = [key for key in FAIM_ONLY if any(w.split("=")[0] == _flag(key) for w in argv)]
         if given:
             raise UserError(
-                f"{flag_of(given[0])} is for FAIM models, and --model {args.model} has no FAIM head. "
-                f"Use --model faim_{args.model} or leave {flag_of(given[0])} out"
+                f"{_flag(given[0])} is for FAIM models, and --model {model} has no FAIM head. "
+                f"Use --model faim_{model} or leave {_flag(given[0])} out"
             )
-        for key in FAIM_ONLY:
-            setattr(args, key, parser.get_default(key))
-    if args.eval_only:
+        reset(options.groups, FAIM_ONLY)
+    if options.run.eval_only:
         if line.push_to_hub:
             raise UserError("--push-to-hub publishes a training. Publish a run with python -m timm_faim.hub push")
-        _choose_evaluated(parser, args, line.experiment)
+        _choose_evaluated(options, line.experiment)
+    head, schedule = options.head, options.schedule
     in_line = any(word.split("=")[0] == "--head-refit" for word in argv)
-    if args.head_refit == -1 or not in_line and without_refit(args):
-        args.head_refit = None  # that of a recipe gives way to what it does not go with
+    if head.head_refit == -1 or not in_line and without_refit(options):
+        head.head_refit = None  # that of a recipe gives way to what it does not go with
     if (
         line.epochs != parser.get_default("epochs")
         and line.warmup_epochs is None
-        and not args.warmup_prefix
-        and (args.warmup_epochs or 0) >= args.epochs
+        and not schedule.warmup_prefix
+        and (schedule.warmup_epochs or 0) >= schedule.epochs
     ):
-        args.warmup_epochs = None  # that of a recipe gives way to a shorter run
-    _complete(args)
-    check_values(args)
-    check_combinations(args)
-    return args
+        schedule.warmup_epochs = None  # that of a recipe gives way to a shorter run
+    _complete(options)
+    check_values(options)
+    check_combinations(options)
+    return options
 
 
-def _choose_evaluated(parser: Parser, args: argparse.Namespace, experiment: str) -> None:
+def _choose_evaluated(options: Options, experiment: str) -> None:
     """--eval-only opens trained weights: of the run that --resume names, of --initial-checkpoint, or of --model.
 
     `experiment` is that of the command line: the run's own folder is not the evaluation's.
     """
-    args.experiment, args.head_init_scale, args.head_init_bias = experiment, None, None
-    if args.resume == "auto":
+    model, resume, options.run.experiment = options.model, options.checkpoints.resume, experiment
+    model.head_init_scale, model.head_init_bias = None, None
+    if resume == "auto":
         raise UserError("--eval-only with --resume auto does not say what to evaluate. Name the run folder")
-    if args.resume:
-        folder = Path(args.resume).absolute()
+    if resume:
+        folder = Path(resume).absolute()
         if folder.name.startswith("checkpoint-"):
             raise UserError(
                 f"--eval-only evaluates the best weights of a run, and {folder.name} holds those that "
                 f"training goes on from. Name the run: --resume {folder.parents[1]}; single epochs are "
                 "--initial-checkpoint files in its folder top/"
             )
-        for action in parser._actions:  # of the run's options only those of data and images matter
-            if action.dest in TRAINING_ONLY:
-                setattr(args, action.dest, action.default)
-        args.model, args.resume, args.initial_checkpoint, args.pretrained_path = f"local-dir:{folder}", "", "", None
-        args.faim_cfg, args.faim_blocks, args.model_kwargs = None, None, {}
-    args.pretrained = not args.initial_checkpoint
+        reset(options.groups, marked(options.groups, "training"))  # of the run's options only data and images matter
+        reset(
+            options.groups,
+            ("resume", "initial_checkpoint", "pretrained_path", "faim_cfg", "faim_blocks", "model_kwargs"),
+        )
+        model.model = f"local-dir:{folder}"
+    model.pretrained = not model.initial_checkpoint
 
 
-def as_recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as a recipe that repeats the run (without the ones that are unset)."""
-    return {key: value for key, value in vars(args).items() if value is not None and key != "config"}
+def is_faim(model_name: str) -> bool:
+    """Whether a name may have a FAIM head: a faim_ twin, or a saved model whose architecture is not known yet."""
+    return model_name.startswith("faim_") or ":" in model_name
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 def _parse_line(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
@@ -143,18 +150,18 @@ def _recipe_of_run(resume: str, has_data: bool) -> str | None:
     )
 
 
-def _keep_head_of_run(args: argparse.Namespace, folder: Path) -> None:
+def _keep_head_of_run(options: Options, folder: Path) -> None:
     """Take the head's options from the run's config.json where this version would resolve its args.yaml to others."""
-    saved = saved_faim_cfg(folder)
-    if saved is None or ":" in args.model or not is_faim(args.model) or args.pretrained and may_be_converted(saved):
+    head, model, saved = options.head, options.model, saved_faim_cfg(folder)
+    if saved is None or ":" in model.model or not is_faim(model.model) or model.pretrained and may_be_converted(saved):
         return
-    given = {**(args.faim_cfg or {}), **({} if args.faim_blocks is None else {"blocks": args.faim_blocks})}
+    given = {**(head.faim_cfg or {}), **({} if head.faim_blocks is None else {"blocks": head.faim_blocks})}
     try:
         now = resolve_faim_cfg(given)
     except (ValueError, TypeError):
         return  # an error of its own, later
     if any(now[key] != saved[key] for key in now if key not in given and key != "prior"):
-        args.faim_cfg, args.faim_blocks = saved, None
+        head.faim_cfg, head.faim_blocks = saved, None
 
 
 def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[str]:
@@ -177,12 +184,12 @@ def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[
             raise UserError(f"unknown key {key!r} in {path}.{did_you_mean(str(key), actions)}")
         if value is None:
             continue
-        action, flag = actions[key], flag_of(key)
+        action, flag = actions[key], _flag(key)
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{key} in {path} must be true or false, got {value!r}")
-            word = switch(action, value)
-            words += [word] if word else []
+            off = [f"--no-{key.replace('_', '-')}"] if isinstance(action, Flag) else []
+            words += [flag] if value else off
         elif isinstance(value, dict):
             words += [flag, *(_value_word(key, f"{k}={v!r}", path) for k, v in value.items())]
         elif isinstance(value, list):
@@ -200,13 +207,19 @@ def _value_word(key: str, item: Any, path: Path) -> str:
     return word
 
 
-def _complete(args: argparse.Namespace) -> None:
+def _complete(options: Options) -> None:
     """Defaults that follow from other options, and one spelling of what can be said in two ways."""
-    if args.smoothing is None:
-        args.smoothing = 0.0 if args.multi_label else 0.1
-    if args.warmup_epochs is None:
-        args.warmup_epochs = WARM_UP if args.epochs > WARM_UP else args.epochs // 2
-    if args.eval_metric is None:
-        args.eval_metric = "loss" if not args.val_split else evaluator_of(args).default_metric
-    for key in ("cutmix_minmax", "freeze", "lr_noise", "contrastive"):  # an empty list takes back what a recipe gives
-        setattr(args, key, getattr(args, key) or None)
+    data, loss, schedule, run = options.data, options.loss, options.schedule, options.run
+    if loss.smoothing is None:
+        loss.smoothing = 0.0 if data.multi_label else 0.1
+    if schedule.warmup_epochs is None:
+        schedule.warmup_epochs = WARM_UP if schedule.epochs > WARM_UP else schedule.epochs // 2
+    if run.eval_metric is None:
+        run.eval_metric = "loss" if not data.val_split else evaluator_of(data).default_metric
+    for group, key in (
+        (options.mixing, "cutmix_minmax"),
+        (options.learning, "freeze"),
+        (schedule, "lr_noise"),
+        (options.contrastive, "contrastive"),
+    ):  # an empty list takes back what a recipe gives
+        setattr(group, key, getattr(group, key) or None)

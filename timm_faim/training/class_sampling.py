@@ -1,13 +1,14 @@
 """Batches of P classes with K images each (Hermans et al. 2017), for losses that compare images of a class."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from accelerate import Accelerator
 
 from timm_faim.images.datasets import TrainingData, targets_of
+from timm_faim.run.common import RunOptions
 from timm_faim.run.errors import UserError
+from timm_faim.training.contrastive import ContrastiveOptions
 
 
 class _Deck:
@@ -87,25 +88,27 @@ class ClassSampler:
         return self.steps * self.batch_size
 
 
-def build_class_sampler(args: argparse.Namespace, data: TrainingData, accelerator: Accelerator) -> ClassSampler | None:
+def build_class_sampler(
+    options: ContrastiveOptions, run: RunOptions, data: TrainingData, accelerator: Accelerator
+) -> ClassSampler | None:
     """The sampler of --samples-per-class, or None without.
 
     Raises:
         UserError: see `ClassSampler`; data that do not tell their classes without being read.
     """
-    if not args.samples_per_class:
+    if not options.samples_per_class:
         return None
     targets = targets_of(data.train)
     if targets is None:
         raise UserError(
-            f"--samples-per-class needs to know the class of every image, which --dataset {args.dataset} "
-            "does not tell. Leave it out and compare views of images: --views 2"
+            "--samples-per-class needs to know the class of every image, which these data do not "
+            "tell. Leave it out and compare views of images: --views 2"
         )
     return ClassSampler(
         targets,
-        args.batch_size,
-        args.samples_per_class,
+        run.batch_size,
+        options.samples_per_class,
         accelerator.num_processes,
         accelerator.process_index,
-        args.seed,
+        run.seed,
     )

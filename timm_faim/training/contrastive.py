@@ -3,8 +3,8 @@
 The features that go into the head are compared with the features of all processes, and no parameter is added.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,31 @@ from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMNPairLoss, FAIMTripletLoss,
 from timm_faim.head.tap import Tap, pooled
 from timm_faim.losses.base import FAIMLoss
 from timm_faim.run.errors import UserError, did_you_mean
+from timm_faim.run.options import above, option, whole
 
 LOSSES = ("infonce", "supcon", "triplet", "npair")
+
+
+@dataclass
+class ContrastiveOptions:
+    """Contrastive losses under the head's metric."""
+
+    contrastive: list[str] | None = option(
+        "add losses on the features: infonce, supcon, triplet, npair, for example infonce:0.1",
+        metavar="NAME:WEIGHT",
+        nargs="*",
+        marks="usual faim training",
+    )
+    views: int = option("augmented views of each image in a batch", 1, whole(1, 64), "N", marks="training")
+    samples_per_class: int = option(
+        "batches of K images each of --batch-size/K classes", 0, whole(0), "K", marks="training"
+    )
+    contrastive_temperature: float = option(
+        "temperature of infonce, supcon and npair", 0.1, above(0, 1000), "T", marks="faim"
+    )
+    contrastive_margin: float = option(
+        "margin of triplet, in units of the distance", 0.2, above(0, 1000), "M", marks="faim"
+    )
 
 
 def parse_losses(words: Sequence[str]) -> dict[str, float]:
@@ -45,15 +68,15 @@ def parse_losses(words: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def build_loss(name: str, args: argparse.Namespace, head: FAIMHead) -> FAIMLoss:
+def build_loss(name: str, options: ContrastiveOptions, head: FAIMHead) -> FAIMLoss:
     """A loss by its name in --contrastive, between the points that the head makes of features."""
     common = {"metric": head, "cross_rank": True, "check_finite": False}
     if name == "triplet":
-        return FAIMTripletLoss(margin=args.contrastive_margin, **common)
+        return FAIMTripletLoss(margin=options.contrastive_margin, **common)
     if name == "npair":
-        return FAIMNPairLoss(temperature=args.contrastive_temperature, **common)
+        return FAIMNPairLoss(temperature=options.contrastive_temperature, **common)
     form = "supcon" if name == "supcon" else "ntxent"
-    return FAIMInfoNCELoss(temperature=args.contrastive_temperature, form=form, **common)
+    return FAIMInfoNCELoss(temperature=options.contrastive_temperature, form=form, **common)
 
 
 class ContrastiveTask(ClassificationTask):
@@ -62,23 +85,24 @@ class ContrastiveTask(ClassificationTask):
     Args:
         model: a model with one FAIM head.
         criterion: classification loss.
-        args: --contrastive and its options.
-        **options: those of `ClassificationTask`.
+        options: --contrastive and its options.
+        **task: options of `ClassificationTask`.
 
     Raises:
         UserError: a model without a FAIM head, or with several.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, args: argparse.Namespace, **options: Any) -> None:
-        super().__init__(model, criterion, **options)
+    def __init__(self, model: nn.Module, criterion: nn.Module, options: ContrastiveOptions, **task: Any) -> None:
+        super().__init__(model, criterion, **task)
         heads = list(faim_heads(model).values())
         if len(heads) != 1:
+            name = getattr(model, "pretrained_cfg", {}).get("architecture", "this model")
             raise UserError(
-                f"--contrastive compares the features of one FAIM head, and {args.model} has {len(heads)}. "
+                f"--contrastive compares the features of one FAIM head, and {name} has {len(heads)}. "
                 "Leave it out, or choose another model"
             )
-        self.weights = parse_losses(args.contrastive)
-        self.contrastive = nn.ModuleDict({name: build_loss(name, args, heads[0]) for name in self.weights})
+        self.weights = parse_losses(options.contrastive)
+        self.contrastive = nn.ModuleDict({name: build_loss(name, options, heads[0]) for name in self.weights})
         self._head = (heads[0],)  # in a tuple: the model owns it
         self._tap = Tap({"head": heads[0]})
 

@@ -35,13 +35,13 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
     Raises:
         UserError: a loss that is not finite, unreadable data; what is saved so far is kept.
     """
-    args, progress = run.args, run.progress
+    options, progress = run.options, run.progress
     is_new = progress == Progress()
     if run.accelerator.is_main_process:
         cut_summary(run.run_folder / "summary.csv", -1 if is_new else progress.epoch)
-    last = epochs if args.stop_epoch is None else min(epochs, args.stop_epoch)
+    last = epochs if options.checkpoints.stop_epoch is None else min(epochs, options.checkpoints.stop_epoch)
     try:
-        if is_new and args.head_init == "data" and faim_heads(run.model):
+        if is_new and options.head.head_init == "data" and faim_heads(run.model):
             finish_start(run, val_loader, log)
         while progress.epoch < last:
             trained = train_one_epoch(run)
@@ -67,7 +67,7 @@ def finish_start(run: Training, val_loader: Any, log: Callable) -> None:
     validated = {} if val_loader is None else _validate(run, val_loader)
     if not math.isfinite(validated.get("loss", 0.0)):
         raise UserError(f"the validation loss is {validated['loss']} at the start. Leave --head-init data out")
-    metric, decreasing = chosen_metric(run.args.eval_metric, {}, validated, val_loader is not None)
+    metric, decreasing = chosen_metric(run.options.run.eval_metric, {}, validated, val_loader is not None)
     is_best = _keep(run, 0, head_metrics(run.part), validated, metric, decreasing)
     log(f"start: {validation_line(validated) or 'not validated'}{'  *' if is_best else ''}")
     if run.checkpointer is not None:
@@ -78,12 +78,12 @@ def finish_epoch(
     run: Training, trained: dict[str, Any], val_loader: Any, image_loaders: Sequence[Any], epochs: int, log: Callable
 ) -> None:
     """Evaluate, save weights and checkpoint, write and print the row of an epoch whose batches are done."""
-    args, accelerator, progress, epoch = run.args, run.accelerator, run.progress, run.progress.epoch + 1
-    if accelerator.num_processes > 1 and args.dist_bn:
+    options, accelerator, progress, epoch = run.options, run.accelerator, run.progress, run.progress.epoch + 1
+    if accelerator.num_processes > 1 and options.device.dist_bn:
         for module in (run.task.get_trainable_module(), run.task.get_trainable_module(ema=True)):
             if module is not None:
-                distribute_bn(module, accelerator.num_processes, reduce=args.dist_bn == "reduce")
-    is_evaluated = val_loader is not None and (epoch % args.val_interval == 0 or epoch == epochs)
+                distribute_bn(module, accelerator.num_processes, reduce=options.device.dist_bn == "reduce")
+    is_evaluated = val_loader is not None and (epoch % options.run.val_interval == 0 or epoch == epochs)
     validated = _validate(run, val_loader) if is_evaluated else {}
     if run.refit is not None and epoch == epochs and _has_refitted(run, validated, log) and is_evaluated:
         validated = _validate(run, val_loader)
@@ -92,14 +92,14 @@ def finish_epoch(
             f"the validation loss is {validated['loss']} after epoch {epoch}. Checkpoints of earlier "
             f"epochs are kept in {run.run_folder}. Try a lower --lr or --clip-grad"
         )
-    unreadable = count_unreadable(image_loaders, accelerator) if args.skip_unreadable else 0
+    unreadable = count_unreadable(image_loaders, accelerator) if options.data.skip_unreadable else 0
 
     if len({group["lr_scale"] for group in run.optimizer.param_groups}) > 1:
         trained.update({f"lr_{part}": rate for part, rate in learning_rates(run.optimizer).items()})
     trained.update(head_metrics(run.part))
     lr = sum(group["lr"] for group in run.optimizer.param_groups) / len(run.optimizer.param_groups)
 
-    metric, decreasing = chosen_metric(args.eval_metric, trained, validated, val_loader is not None)
+    metric, decreasing = chosen_metric(options.run.eval_metric, trained, validated, val_loader is not None)
     if run.scheduler is not None:
         run.scheduler.step(epoch, metric)
     is_best = _keep(run, epoch, trained, validated, metric, decreasing, lr)
@@ -114,7 +114,7 @@ def finish_epoch(
 
 
 def _validate(run: Training, val_loader: Any) -> dict[str, Any]:
-    return evaluate(run.evaluated, val_loader, run.accelerator, run.args, run.task.create_evaluator)
+    return evaluate(run.evaluated, val_loader, run.accelerator, run.task.create_evaluator, **run.options.reading)
 
 
 def _keep(
@@ -137,7 +137,8 @@ def _keep(
     if run.accelerator.is_main_process:
         save_weights(state, folder, is_best or progress.best is None)
         if metric is not None:
-            progress.top = keep_best_epochs(folder, progress.top, epoch, metric, decreasing, run.args.checkpoint_hist)
+            kept = run.options.checkpoints.checkpoint_hist
+            progress.top = keep_best_epochs(folder, progress.top, epoch, metric, decreasing, kept)
         append_summary(folder / "summary.csv", epoch, trained, validated, lr)
         draw_learning_curve(folder / "learning_curve.png", read_summary(folder / "summary.csv"))
         run.accelerator.log(trained | {f"eval_{key}": value for key, value in validated.items()}, step=epoch)
@@ -151,7 +152,7 @@ def _has_refitted(run: Training, validated: dict[str, Any], log: Callable) -> bo
     except UserError as error:  # the epoch is not lost for it
         log(f"heads stay as trained: {error}")
         return False
-    metric = run.args.eval_metric
+    metric = run.options.run.eval_metric
     log("heads refitted in closed form" + (f"; before: {metric} {validated[metric]:.2f}" if validated else ""))
     return True
 

@@ -4,7 +4,6 @@ The frozen backbone sees every image once, or `--cache-views` times augmented; t
 classifier stay on the device and take the images' place in the ordinary training loop.
 """
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from timm_faim.head.tap import layer_inputs
 from timm_faim.run.errors import UserError
 from timm_faim.run.gather import gather_rows
+from timm_faim.training.options import Options
 from timm_faim.training.sampling import TrainingOrder
 
 
@@ -97,7 +97,7 @@ def only_classifier(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def cache_features(
-    args: argparse.Namespace,
+    options: Options,
     model: torch.nn.Module,
     train_order: TrainingOrder,
     clean_loader: Any,
@@ -107,7 +107,7 @@ def cache_features(
     """Compute the classifier's inputs once.
 
     Args:
-        args: --cache-views, batch sizes, seed.
+        options: --cache-views, batch sizes, seed.
         model: the model, on the device.
         train_order: augmented training images, used with --cache-views.
         clean_loader: all training images once, unaugmented, used without.
@@ -118,22 +118,22 @@ def cache_features(
     Returns:
         The order of training batches and the loader of validation batches, of features instead of images.
     """
-    classifier = only_classifier(model)
-    if args.cache_views:
+    classifier, channels_last = only_classifier(model), options.model.channels_last
+    if options.learning.cache_views:
         views = [
-            _embed(model, classifier, train_order.batches(view), len(train_order), accelerator, args)
-            for view in range(args.cache_views)
+            _embed(model, classifier, train_order.batches(view), len(train_order), accelerator, channels_last)
+            for view in range(options.learning.cache_views)
         ]
         features, target = (gather_rows(torch.cat(parts), accelerator) for parts in zip(*views, strict=True))
     else:
-        features, target = _embed(model, classifier, clean_loader, len(clean_loader), accelerator, args)
-    order = FeatureOrder(FeatureLoader(features, target, args.batch_size, accelerator, True), args.seed)
+        features, target = _embed(model, classifier, clean_loader, len(clean_loader), accelerator, channels_last)
+    order = FeatureOrder(FeatureLoader(features, target, options.run.batch_size, accelerator, True), options.run.seed)
     if val_loader is None:
         return order, None
-    features, target = _embed(model, classifier, val_loader, len(val_loader), accelerator, args)
+    features, target = _embed(model, classifier, val_loader, len(val_loader), accelerator, channels_last)
     limit = evaluation_sample_limit(val_loader)
     features, target = (gather_rows(t[:limit], accelerator) for t in (features, target))
-    batch_size = args.validation_batch_size or args.batch_size
+    batch_size = options.run.validation_batch_size or options.run.batch_size
     return order, FeatureLoader(features, target, batch_size, accelerator, False)
 
 
@@ -143,10 +143,10 @@ def _embed(
     batches: Any,
     count: int,
     accelerator: Accelerator,
-    args: argparse.Namespace,
+    channels_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     def forward(images: torch.Tensor) -> None:
-        if args.channels_last:
+        if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             model(images)

@@ -1,6 +1,5 @@
 """What is written once a run has ended, and by --eval-only: tables, pictures and the page."""
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -25,10 +24,11 @@ from timm_faim.run.summary import read_summary
 from timm_faim.run.weights import BEST, saved_class_order
 from timm_faim.training.data import build_fit_loader
 from timm_faim.training.loop import Training
+from timm_faim.training.options import Options
 
 
 def evaluate_only(
-    args: argparse.Namespace,
+    options: Options,
     model: torch.nn.Module,
     data: TrainingData,
     val_loader: Any,
@@ -39,7 +39,7 @@ def evaluate_only(
     """--eval-only: evaluate a model on any number of processes, every image once, and write what came out.
 
     Args:
-        args: all options.
+        options: all options.
         model: on its device.
         data: the validation data.
         val_loader: validation images.
@@ -57,25 +57,27 @@ def evaluate_only(
             f"was trained with more classes than folders, --num-classes {model.num_classes}"
         )
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if not names and args.model.startswith("local-dir:"):
-        names = saved_class_order(Path(args.model.removeprefix("local-dir:")))
+    if not names and options.model.model.startswith("local-dir:"):
+        names = saved_class_order(Path(options.model.model.removeprefix("local-dir:")))
     if names and data.class_order:  # the first classes alone do: --num-classes says how many the model has
         check_same_classes(data.class_order, list(names)[: len(data.class_order)], "the model")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     folder = None
     if accelerator.is_main_process:
-        folder = create_run_folder(args.output, args.experiment, f"eval-{args.model.split('/')[-1]}", img_size)
-    if args.multi_label:
-        create_evaluator = partial(
-            MultiLabelClassificationEvaluator, accelerator.device, threshold=args.multilabel_threshold
+        folder = create_run_folder(
+            options.run.output, options.run.experiment, f"eval-{options.model.model.split('/')[-1]}", img_size
         )
-        metrics = evaluate(prepared, val_loader, accelerator, args, create_evaluator)
+    if options.data.multi_label:
+        create_evaluator = partial(
+            MultiLabelClassificationEvaluator, accelerator.device, threshold=options.data.multilabel_threshold
+        )
+        metrics = evaluate(prepared, val_loader, accelerator, create_evaluator, **options.reading)
         if folder is not None:
             with atomic_write(folder / "eval.json") as temporary:
                 temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             log(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     else:
-        _write(prepared, data, val_loader, accelerator, args, folder, {"model": args.model}, log)
+        _write(prepared, data, val_loader, accelerator, options, folder, {"model": options.model.model}, log)
     log(f"evaluation in {folder}")
     accelerator.end_training()
 
@@ -90,21 +92,21 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
         data_config: preprocessing.
         log: print of the main process.
     """
-    args, accelerator = run.args, run.accelerator
+    options, accelerator = run.options, run.accelerator
     accelerator.wait_for_everyone()
-    dtype = getattr(torch, args.model_dtype or "float32")
+    dtype = getattr(torch, options.device.model_dtype or "float32")
     model = timm.create_model(f"local-dir:{run.run_folder}", pretrained=True).to(accelerator.device, dtype).eval()
     evaluation = None
-    if val_loader is not None and not args.multi_label:
+    if val_loader is not None and not options.data.multi_label:
         folder = run.run_folder / "eval" if accelerator.is_main_process else None
         evaluation = _write(
             model,
             data,
             val_loader,
             accelerator,
-            args,
+            options,
             folder,
-            {"model": args.model, "weights": str(run.run_folder / BEST)},
+            {"model": options.model.model, "weights": str(run.run_folder / BEST)},
             log,
         )
     if accelerator.is_main_process:
@@ -116,8 +118,10 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
                 read_summary(run.run_folder / "summary.csv"),
                 label_names=data.label_names,
                 evaluation=evaluation,
-                train_images=None if is_stream else build_fit_loader(args, data_config, accelerator, data.num_classes),
                 val_images=val_loader,
+                train_images=None
+                if is_stream
+                else build_fit_loader(options, data_config, accelerator, data.num_classes),
                 options=run.run_folder / "args.yaml",
             )
         except Exception as e:  # the training has ended well, whatever becomes of its pictures
@@ -136,12 +140,12 @@ def _write(
     data: TrainingData,
     val_loader: Any,
     accelerator: Accelerator,
-    args: argparse.Namespace,
+    options: Options,
     folder: Path | None,
     info: dict[str, Any],
     log: Callable,
 ) -> Any:
-    evaluation = collect(model, val_loader, accelerator, args)
+    evaluation = collect(model, val_loader, accelerator, **options.reading)
     if folder is not None:
         write_evaluation(folder, evaluation, data.label_names, file_names(data.val), info)
         for line in summary_lines(evaluation, data.label_names):

@@ -1,7 +1,7 @@
 """Parts of the model that do not learn: --freeze, --head-only and --train-last."""
 
-import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from timm.models import group_parameters
@@ -9,34 +9,67 @@ from torch import nn
 
 from timm_faim import faim_heads
 from timm_faim.run.errors import UserError, did_you_mean
+from timm_faim.run.options import above, flag, option, whole
 
 
-def apply_freeze(args: argparse.Namespace, model: nn.Module) -> list[nn.Module]:
+@dataclass
+class LearningOptions:
+    """What learns, and how fast."""
+
+    freeze: list[str] | None = option(
+        "freeze the modules of these names, for example layer1 'blocks.*'", metavar="GLOB", nargs="*", marks="training"
+    )
+    head_only: bool = flag("train the classifier only", marks="usual training")
+    train_last: int | None = option(
+        "train the classifier, the last N blocks and the norm after them", None, whole(1, 10_000), "N", marks="training"
+    )
+    cache_features: bool = flag("with --head-only: compute the features once", marks="usual training")
+    cache_views: int = option(
+        "augmented views per image to cache; 0: one view without augmentation",
+        0,
+        whole(0, 10_000),
+        "N",
+        marks="training",
+    )
+    lr_scale_backbone: float = option("factor on the learning rate of the backbone", 1.0, above(0, 1e6), "F")
+    lr_scale_mu: float = option(
+        "factor on the learning rate of the prototypes μ, or a plain model's classifier",
+        1.0,
+        above(0, 1e6),
+        "F",
+        marks="usual",
+    )
+    lr_scale_scalars: float = option(
+        "factor on the learning rate of λ, γ and the prior", 1.0, above(0, 1e6), "F", marks="faim"
+    )
+
+
+def apply_freeze(options: LearningOptions, model: nn.Module) -> list[nn.Module]:
     """Set `requires_grad` as the options say, and return the outermost frozen modules.
 
     The training loop keeps those in eval mode: a frozen batch norm does not take new statistics, a frozen dropout
     drops nothing.
 
     Args:
-        args: the options; without --freeze, --head-only and --train-last nothing changes.
+        options: without --freeze, --head-only and --train-last nothing changes.
         model: a bare timm model, before the optimiser is built.
 
     Raises:
         UserError: a name that matches nothing, more blocks than the model has, or nothing left to learn.
     """
-    if args.freeze:
-        frozen = _freeze_matching(model, args.freeze)
-    elif args.head_only or args.train_last is not None:
+    if options.freeze:
+        frozen = _freeze_matching(model, options.freeze)
+    elif options.head_only or options.train_last is not None:
         learns = classifier_parameters(model)
-        if args.train_last is not None:
-            learns |= _last_parameters(model, args.train_last, args.model)
+        if options.train_last is not None:
+            learns |= _last_parameters(model, options.train_last)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learns and parameter.requires_grad)
         frozen = _outermost_frozen(model)
     else:
         return []
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"--freeze {' '.join(args.freeze or ())} leaves nothing to learn. Give fewer names")
+        raise UserError(f"--freeze {' '.join(options.freeze or ())} leaves nothing to learn. Give fewer names")
     return frozen
 
 
@@ -75,13 +108,14 @@ def classifier_parameters(model: nn.Module) -> set[str]:
     return {key for key, _ in model.named_parameters() if any(key.startswith(f"{name}.") for name in names)}
 
 
-def _last_parameters(model: nn.Module, count: int, model_name: str) -> set[str]:
+def _last_parameters(model: nn.Module, count: int) -> set[str]:
     """Names of the parameters of the last `count` blocks and of all that comes after them.
 
     Blocks are those of timm's layer decay: what the model's `group_matcher` tells apart between the stem, its first
     group, and what it leaves unmatched, the final norm and the classifier. A norm that belongs to the last block there
     goes with it.
     """
+    model_name = model.pretrained_cfg.get("architecture") or type(model).__name__
     if not hasattr(model, "group_matcher"):
         raise UserError(f"--train-last: timm does not say what the blocks of {model_name} are. Use --freeze")
     matcher = model.group_matcher(coarse=False)

@@ -1,9 +1,9 @@
 """Accelerate as the options ask for it: precision, compilation, sharding and experiment trackers."""
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
@@ -13,9 +13,59 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from timm_faim import FAIMChart
 from timm_faim.models.attach import timm_class
 from timm_faim.run.errors import UserError
+from timm_faim.run.options import available_cores, flag, option, whole
+
+if TYPE_CHECKING:
+    from timm_faim.training.options import Options
 
 
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
+@dataclass
+class DeviceOptions:
+    """Precision, processes and batch norm."""
+
+    amp: bool = flag("mixed precision (default: what `accelerate launch` says)", marks="usual")
+    amp_dtype: str = option("low precision type of --amp", "float16", choices=("float16", "bfloat16"))
+    model_dtype: str | None = option("type of the weights, without --amp", choices=("float32", "bfloat16", "float16"))
+    torchcompile: str | None = option("torch.compile", metavar="BACKEND", nargs="?", const="inductor")
+    torchcompile_mode: str | None = option(
+        "mode of torch.compile", choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    )
+    fsdp: bool = flag("shard parameters, gradients and optimiser over the processes", marks="training")
+    no_ddp_bb: bool = flag("do not broadcast buffers before every step")
+    sync_bn: bool = flag("batch norm over the batches of all processes (GPUs only)", marks="training")
+    dist_bn: str = option(
+        "how processes agree on batch-norm statistics before an evaluation",
+        "reduce",
+        choices=("reduce", "broadcast", ""),
+    )
+    split_bn: bool = flag("separate batch norm for each split of the batch", marks="training")
+    cpu_threads: int | None = option(
+        "threads per process on the CPU (default: the cores shared out; `accelerate launch` alone leaves one)",
+        None,
+        whole(1, max(256, os.cpu_count() or 1)),
+        "N",
+        marks="runtime",
+    )
+
+
+@dataclass
+class LoggingOptions:
+    """Logging."""
+
+    log_interval: int = option("steps between updates of the progress bar", 50, whole(1), "N", marks="runtime")
+    log_with: list[str] = option(
+        "trackers, for example tensorboard wandb mlflow", [], metavar="NAME", nargs="*", marks="training runtime"
+    )
+    project_name: str | None = option("project of the trackers", metavar="NAME", marks="runtime")
+    log_wandb: bool = flag("the same as --log-with wandb", marks="training runtime")
+    wandb_project: str | None = option(
+        "project of wandb (default: --project-name)", metavar="NAME", marks="training runtime"
+    )
+    wandb_tags: list[str] = option("tags of the run in wandb", [], metavar="TAG", nargs="*", marks="training runtime")
+    wandb_resume_id: str = option("with --resume: the run's id in wandb", "", metavar="ID", marks="training runtime")
+
+
+def build_accelerator(options: "Options") -> Accelerator:
     """The Accelerator; it decides the device and the number of processes.
 
     --amp, --torchcompile and --fsdp go before the settings of `accelerate config` and `accelerate launch`.
@@ -23,11 +73,12 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         UserError: a tracker that is unknown or not installed; sharding without several GPUs; EMA with sharding.
     """
-    options: dict[str, Any] = {}
-    if args.torchcompile:
-        options["dynamo_plugin"] = TorchDynamoPlugin(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.fsdp:
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+    device = options.device
+    plugins: dict[str, Any] = {}
+    if device.torchcompile:
+        plugins["dynamo_plugin"] = TorchDynamoPlugin(backend=device.torchcompile, mode=device.torchcompile_mode)
+    if device.fsdp:
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             cpu_ram_efficient_loading=False,
@@ -36,21 +87,21 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             # Weights stay in float32 and autocast lowers the precision, as without sharding: distances need it.
             mixed_precision_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
         )
-    names = trackers(args)
+    names = trackers(options.logging)
     try:
         accelerator = Accelerator(
-            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[args.amp_dtype] if args.amp else None,
+            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[device.amp_dtype] if device.amp else None,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    broadcast_buffers=not args.no_ddp_bb,
+                    broadcast_buffers=not device.no_ddp_bb,
                     gradient_as_bucket_view=True,
                     # torch.compile makes one graph a bucket: few, large ones (1.92 x on 2 GPUs, 1.82 x with 25 MB).
-                    bucket_cap_mb=120 if args.torchcompile else 25,
+                    bucket_cap_mb=120 if device.torchcompile else 25,
                 )
             ],
             log_with=names or None,
-            project_dir=args.output if names else None,
-            **options,
+            project_dir=options.run.output if names else None,
+            **plugins,
         )
     except ValueError as e:
         raise UserError(f"Accelerate cannot be set up: {' '.join(str(e).split())}") from e
@@ -58,38 +109,37 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if missing:
         raise UserError(f"--log-with {missing[0]} needs its package: pip install {missing[0]}")
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if args.fsdp and not (sharded and accelerator.num_processes > 1):
+    if device.fsdp and not (sharded and accelerator.num_processes > 1):
         raise UserError(
             f"--fsdp shards a model over several GPUs, and this run has {accelerator.num_processes} "
             f"{accelerator.device.type} process(es). Launch on several GPUs, or leave --fsdp out"
         )
-    if sharded and args.model_ema:
+    if sharded and options.run.model_ema:
         raise UserError("--model-ema cannot average a sharded model. Leave it out, or train without FSDP")
-    if sharded and args.contrastive:
+    if sharded and options.contrastive.contrastive:
         raise UserError(
             "--contrastive reads the head's metric outside of the model, where FSDP shards it. Leave it "
             "out, or train without FSDP"
         )
     if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError("FSDP1 is not supported. Set fsdp_version: 2 in the configuration of accelerate, or use --fsdp")
-    share_out_cores(args, accelerator)
+    share_out_cores(device, accelerator)
     if accelerator.device.type == "cuda":  # as timm's training does
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return accelerator
 
 
-def share_out_cores(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def share_out_cores(options: DeviceOptions, accelerator: Accelerator) -> None:
     """On the CPU, give each process its share of the cores.
 
     `accelerate launch` sets one thread a process unless told otherwise; a number that a person chose stands.
     """
     if accelerator.device.type != "cpu":
         return
-    chosen = args.cpu_threads
+    chosen = options.cpu_threads
     if chosen is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        chosen = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+        chosen = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     if chosen is not None:
         torch.set_num_threads(chosen)
 
@@ -121,29 +171,29 @@ def repeated_blocks(model: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
-def trackers(args: argparse.Namespace) -> list[str]:
+def trackers(options: LoggingOptions) -> list[str]:
     """Names of the experiment trackers asked for."""
-    return list(dict.fromkeys([*(args.log_with or []), *(["wandb"] if args.log_wandb else [])]))
+    return list(dict.fromkeys([*(options.log_with or []), *(["wandb"] if options.log_wandb else [])]))
 
 
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, options: LoggingOptions, folder: Path, recipe: dict[str, Any]) -> None:
     """Begin a run with every tracker; its files, where it has any, go to the run folder.
 
     Args:
         accelerator: made with the trackers.
-        args: options of the project's name and of wandb.
+        options: the project's name, and those of wandb.
         folder: run folder, whose name becomes the run's.
         recipe: the options to put on record.
     """
-    if not trackers(args):
+    if not trackers(options):
         return
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(folder)
-    wandb = {"name": folder.name, "tags": args.wandb_tags or None}
-    if args.wandb_resume_id:
-        wandb.update(id=args.wandb_resume_id, resume="must")
+    wandb = {"name": folder.name, "tags": options.wandb_tags or None}
+    if options.wandb_resume_id:
+        wandb.update(id=options.wandb_resume_id, resume="must")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in recipe.items()}
     accelerator.init_trackers(
-        args.wandb_project or args.project_name or "timm_faim",
+        options.wandb_project or options.project_name or "timm_faim",
         config=plain,
         init_kwargs={"wandb": wandb, "trackio": {"name": folder.name}},
     )

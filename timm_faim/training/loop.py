@@ -4,7 +4,6 @@ Accelerate prepares the model and the optimiser only. timm's loader prefetches o
 Accelerate's own accumulation out of step, so that the boundaries of accumulation are set here by hand.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from timm_faim.run.errors import RankError
 from timm_faim.run.weights import save_batch
 from timm_faim.training.freeze import classifier_parameters
+from timm_faim.training.options import Options
 from timm_faim.training.sampling import TrainingOrder, seed_step
 from timm_faim.training.state import Checkpointer, Progress
 
@@ -55,7 +55,7 @@ class StopRequest:
 class Training:
     """What an epoch of training works with; `progress` is what it changes beside tensors."""
 
-    args: argparse.Namespace
+    options: Options
     accelerator: Accelerator
     model: torch.nn.Module  # bare and whole
     part: torch.nn.Module  # what of it trains: the model, or its classifier on cached features
@@ -80,7 +80,7 @@ class Training:
     @property
     def updates_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
-        return -(-len(self.order) // self.args.grad_accum_steps)
+        return -(-len(self.order) // self.options.optimiser.grad_accum_steps)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """State dict of the whole model as evaluated, without the names of wrappers; a collective call under FSDP."""
@@ -159,7 +159,7 @@ class _EpochRecord:
             progress.parts[name] = progress.parts.get(name, 0.0) + part_sum
         run.is_stopping |= stop > 0
         self.bar.update()
-        if (step + 1) % run.args.log_interval == 0 or step + 1 == len(run.order):
+        if (step + 1) % run.options.logging.log_interval == 0 or step + 1 == len(run.order):
             rate = (progress.samples - self.images_before) / (time.perf_counter() - self.start)
             self.bar.set_postfix_str(
                 f"loss {progress.loss_sum / progress.samples:.3f}, top-1 "
@@ -181,9 +181,10 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     Raises:
         RankError: the loss of a step was not finite (its batch is saved), or a label lies outside the classes.
     """
-    args, accelerator, task, optimizer = run.args, run.accelerator, run.task, run.optimizer
+    options, accelerator, task, optimizer = run.options, run.accelerator, run.task, run.optimizer
     model = task.get_trainable_module()
-    progress, batches, accum = run.progress, len(run.order), run.args.grad_accum_steps
+    progress, batches, accum = run.progress, len(run.order), options.optimiser.grad_accum_steps
+    every = options.checkpoints.recovery_interval
     task.train()
     for module in run.frozen:
         module.eval()
@@ -191,10 +192,10 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     second_order = getattr(base_optimizer, "is_second_order", False)
     num_classes = getattr(accelerator.unwrap_model(model, keep_torch_compile=False), "num_classes", math.inf)
     if run.mixup is not None:  # switched off it still makes the soft targets that the loss expects
-        run.mixup.mixup_enabled = not args.mixup_off_epoch or progress.epoch < args.mixup_off_epoch
+        run.mixup.mixup_enabled = not options.mixing.mixup_off_epoch or progress.epoch < options.mixing.mixup_off_epoch
 
     clipped = list(model.parameters())
-    if args.clip_mode == "agc":  # timm's own exclusion of the head leaves out the last two parameters
+    if options.optimiser.clip_mode == "agc":  # timm's own exclusion of the head leaves out the last two parameters
         exempt = classifier_parameters(run.model)
         head = {id(p) for name, p in run.model.named_parameters() if name in exempt}
         clipped = [p for p in clipped if id(p) not in head]
@@ -206,7 +207,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
     first = progress.step
     given = _told_last(run.order.batches(progress.epoch, first), getattr(run.order, "is_stream", False))
     for step, ((images, target), is_last) in enumerate(given, first):
-        seed_step(args.seed, accelerator.process_index, progress.epoch, step)
+        seed_step(options.run.seed, accelerator.process_index, progress.epoch, step)
         # The last window of an epoch may be shorter than the others; it still makes an update, over its own size.
         window_start = step - step % accum
         window = min(accum, batches - window_start)
@@ -215,7 +216,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
             check_labels(target, num_classes)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
-        if args.channels_last and images.ndim == 4:
+        if options.model.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
 
         with nullcontext() if is_update else accelerator.no_sync(model):
@@ -227,9 +228,9 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         parameter.grad.mul_(window / short)
-            if args.clip_grad is not None:
+            if options.optimiser.clip_grad is not None:
                 accelerator.unscale_gradients(optimizer)
-                dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
+                dispatch_clip_grad(clipped, value=options.optimiser.clip_grad, mode=options.optimiser.clip_mode)
             optimizer.step()
             optimizer.zero_grad()
             progress.updates += 1
@@ -239,11 +240,7 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
 
         reader.push(step_numbers(result, target, run), step, images, target)
         progress.step = step + 1
-        if (
-            is_update
-            and step + 1 < batches
-            and (run.is_stopping or args.recovery_interval and progress.updates % args.recovery_interval == 0)
-        ):
+        if is_update and step + 1 < batches and (run.is_stopping or every and progress.updates % every == 0):
             reader.flush()
             record.keep_time()
             if run.checkpointer is not None:
@@ -285,7 +282,7 @@ def step_numbers(result: dict[str, Any], target: torch.Tensor, run: Training) ->
     the task; float64 [5 + number of single losses]."""
     loss, output = result["loss"].detach().double(), result["output"].detach()
     output = output[0] if isinstance(output, (tuple, list)) else output
-    if target.ndim == 2 and run.args.multi_label:
+    if target.ndim == 2 and run.options.data.multi_label:
         hits = ((output > 0) == (target > 0.5)).double().mean(1).sum()
     else:
         labels = target if target.ndim == 1 else target.argmax(1)

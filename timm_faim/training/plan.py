@@ -42,14 +42,14 @@ def dry_run(run: Training, val_loader: Any, epochs: int, log: Callable) -> None:
     Raises:
         RankError: what training raises, for example for a loss that is not finite.
     """
-    args, accelerator, model = run.args, run.accelerator, run.model
+    options, accelerator, model = run.options, run.accelerator, run.model
     batches, updates = len(run.order), run.updates_per_epoch
-    per_update = args.batch_size * args.grad_accum_steps * accelerator.num_processes
+    per_update = options.run.batch_size * options.optimiser.grad_accum_steps * accelerator.num_processes
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained")
     log(
         f"updates: {epochs} epochs of {updates} updates of {per_update} images ({batches} batches a process); "
-        f"{args.opt}, {args.sched} schedule"
+        f"{options.optimiser.opt}, {options.schedule.sched} schedule"
     )
     for part, count in sizes_of_parts(run.optimizer).items():
         rates = sorted(
@@ -63,13 +63,18 @@ def dry_run(run: Training, val_loader: Any, epochs: int, log: Callable) -> None:
         torch.cuda.reset_peak_memory_stats()
     for name in ("first", "second"):
         run.progress.step = run.progress.updates = 0
-        trial = train_one_epoch(replace(run, order=_Beginning(run.order, args.grad_accum_steps), checkpointer=None))
+        beginning = _Beginning(run.order, options.optimiser.grad_accum_steps)
+        trial = train_one_epoch(replace(run, order=beginning, checkpointer=None))
         run.progress.end_epoch()
         log(f"{name} update: loss {trial['loss']:.4f}, {trial['seconds']:.2f} s")
     log(f"memory of training: {_peak_memory(device)}")
     if val_loader is not None:
         metrics = evaluate(
-            run.task.get_eval_model(), _Beginning(val_loader, 1), accelerator, args, run.task.create_evaluator
+            run.task.get_eval_model(),
+            _Beginning(val_loader, 1),
+            accelerator,
+            run.task.create_evaluator,
+            **options.reading,
         )
         log(f"validation batch: loss {metrics['loss']:.4f}")
     log(f"about {trial['seconds'] * updates * epochs / 60:.1f} minutes for the updates of the run, loading included")

@@ -1,6 +1,5 @@
 """Which run folder a run writes to, and the checkpoint it goes on from."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,24 @@ from timm_faim.run.errors import UserError
 from timm_faim.run.files import check_writable, create_run_folder
 from timm_faim.run.finished import work_left
 from timm_faim.run.lock import lock_run_folder
-from timm_faim.training.flags import ONE_LAUNCH
+from timm_faim.run.options import marked
+from timm_faim.training.checkpoints import (
+    FOLDER,
+    check_checkpoint,
+    epochs_done,
+    find_checkpoint,
+    is_checkpoint,
+    layout_of,
+)
+from timm_faim.training.options import GROUPS, ONE_LAUNCH, Options
 from timm_faim.training.removed import REMOVED
-from timm_faim.training.state import FOLDER, check_checkpoint, epochs_done, find_checkpoint, is_checkpoint, layout_of
 
 # Options that may differ between the parts of one run.
-_RUNTIME = {
-    *ONE_LAUNCH,
-    "experiment",
-    "output",
-    "config",
-    "workers",
-    "log_interval",
-    "cpu_threads",
-    "recovery_interval",
-    "checkpoint_hist",
-    "report",
-    "log_with",
-    "project_name",
-    "log_wandb",
-    "wandb_project",
-    "wandb_tags",
-    "validation_batch_size",
-    "push_to_hub",
-    "hub_private",
-    "hub_license",
-    "wandb_resume_id",
-}
+_RUNTIME = {"config", *ONE_LAUNCH, *marked(GROUPS.values(), "runtime")}
 
 
 def open_run_folder(
-    args: argparse.Namespace,
+    options: Options,
     requested: dict[str, Any],
     accelerator: Accelerator,
     img_size: int,
@@ -55,7 +41,7 @@ def open_run_folder(
     """Find or make the run folder and the checkpoint; a collective call.
 
     Args:
-        args: all options, completed.
+        options: all options, completed.
         requested: `as_recipe` of the options as they were asked for, taken before any was derived from others.
         accelerator: for the main process to decide and the others to follow.
         img_size: pixels, for the name of a new folder.
@@ -72,7 +58,7 @@ def open_run_folder(
     decided: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            folder = _choose_folder(args, requested, img_size, epochs, log)
+            folder = _choose_folder(options, requested, img_size, epochs, log)
             lock_run_folder(folder)
             decided[0] = str(folder)
         except UserError as e:
@@ -80,56 +66,56 @@ def open_run_folder(
     folder, problem = broadcast_object_list(decided)
     if problem:
         raise UserError(problem)
-    if not args.resume:
+    if not options.checkpoints.resume:
         return Path(folder), None
 
-    named = _checkpoint_of(args.resume)
+    named = _checkpoint_of(options.checkpoints.resume)
     if named is not None:
         check_checkpoint(named, accelerator)
     checkpoint = named or find_checkpoint(Path(folder), accelerator, log)
-    if checkpoint is None and args.resume != "auto":
+    if checkpoint is None and options.checkpoints.resume != "auto":
         raise UserError(
-            f"--resume {args.resume}: no whole checkpoint in {Path(folder, FOLDER)}. Name a run folder or "
-            "a checkpoint in it, or use --resume auto, which starts anew where there is none"
+            f"--resume {options.checkpoints.resume}: no whole checkpoint in {Path(folder, FOLDER)}. Name a "
+            "run folder or a checkpoint in it, or use --resume auto, which starts anew where there is none"
         )
     if checkpoint is not None and accelerator.is_main_process:
         _tell(requested, Path(folder), checkpoint, accelerator, count, log)
     return Path(folder), checkpoint
 
 
-def _choose_folder(
-    args: argparse.Namespace, requested: dict[str, Any], img_size: int, epochs: int, log: Callable
-) -> Path:
-    if not args.resume:
-        return create_run_folder(args.output, args.experiment, args.model, img_size)
-    if args.resume != "auto":
-        checkpoint = _checkpoint_of(args.resume)
-        folder = checkpoint.parents[1] if checkpoint else Path(args.resume)
+def _choose_folder(options: Options, requested: dict[str, Any], img_size: int, epochs: int, log: Callable) -> Path:
+    resume, output, experiment = options.checkpoints.resume, options.run.output, options.run.experiment
+    model = options.model.model
+    if not resume:
+        return create_run_folder(output, experiment, model, img_size)
+    if resume != "auto":
+        checkpoint = _checkpoint_of(resume)
+        folder = checkpoint.parents[1] if checkpoint else Path(resume)
         if not folder.is_dir():
-            raise UserError(f"--resume {args.resume} is no folder. Name a run folder or a checkpoint in it, or auto")
+            raise UserError(f"--resume {resume} is no folder. Name a run folder or a checkpoint in it, or auto")
         return check_writable(folder)
-    if args.experiment:
-        folder = Path(args.output, args.experiment)
+    if experiment:
+        folder = Path(output, experiment)
         if folder.is_dir():
             return check_writable(folder)
-        return create_run_folder(args.output, args.experiment, args.model, img_size)
+        return create_run_folder(output, experiment, model, img_size)
 
-    runs = [path.parents[1] for path in Path(args.output).glob(f"*/{FOLDER}/checkpoint-*")]
+    runs = [path.parents[1] for path in Path(output).glob(f"*/{FOLDER}/checkpoint-*")]
     unfinished = [
         run
         for run in sorted(set(runs))
-        if not _changes(run, requested) and (epochs_done(run) < epochs or work_left(args, run, epochs))
+        if not _changes(run, requested) and (epochs_done(run) < epochs or work_left(options.finish, run, epochs))
     ]
     if len(unfinished) > 1:
         raise UserError(
-            f"--resume auto finds {len(unfinished)} unfinished runs with these options in {args.output}: "
+            f"--resume auto finds {len(unfinished)} unfinished runs with these options in {output}: "
             f"{', '.join(run.name for run in unfinished[:3])}. Choose one with --resume FOLDER, or give "
             "each run a name with --experiment"
         )
     if unfinished:
         return check_writable(unfinished[0])
-    log(f"--resume auto: no unfinished run with these options in {args.output}; starting anew")
-    return create_run_folder(args.output, "", args.model, img_size)
+    log(f"--resume auto: no unfinished run with these options in {output}; starting anew")
+    return create_run_folder(output, "", model, img_size)
 
 
 def _checkpoint_of(resume: str) -> Path | None:

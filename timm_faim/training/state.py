@@ -9,9 +9,7 @@ any number of processes can load them. The format holds pickles and is for the m
 import errno
 import json
 import os
-import re
 import shutil
-import zlib
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_custom_state
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.scheduler import PlateauLRScheduler
@@ -29,12 +27,11 @@ from timm.utils import ModelEmaV3
 from timm_faim.run.errors import LOST_PROCESS, RankError, UserError, is_disk_full, is_lost_process, lost_worker
 from timm_faim.run.files import flush_to_disk, rename
 from timm_faim.run.weights import whole_tensors
+from timm_faim.training.checkpoints import FOLDER, MANIFEST, crc32, newest_first, position, read_manifest
 
-FOLDER, MANIFEST = "checkpoints", "manifest.json"
 _MODEL = "model.safetensors"
 # What a person may change between the parts of a run; other entries of an optimiser's groups may be state.
 _CHANGEABLE = ("weight_decay", "lr_scale", "initial_lr", "momentum", "dampening", "nesterov", "betas", "eps")
-_NAME = re.compile(r"checkpoint-(\d+)-(\d+)")
 
 
 @dataclass
@@ -164,7 +161,7 @@ class Checkpointer:
             is_full = free < 1 or is_disk_full(e)
             reason = f"{os.strerror(errno.ENOSPC)} ({free:.1f} MiB free)" if is_full else " ".join(str(e).split())
             shutil.rmtree(temporary, ignore_errors=True)
-            previous = _newest_first(self.folder)
+            previous = newest_first(self.folder)
             kept = f"the last complete one is {previous[0]}" if previous else "there is no earlier one"
             mend = "Free some space and go" if is_full else "Go"
             raise RankError(f"cannot write checkpoint {path}: {reason}; {kept}. {mend} on with --resume auto") from e
@@ -182,7 +179,7 @@ class Checkpointer:
         Raises:
             UserError: it belongs to another model or was made with other options.
         """
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if not with_optimizer and self.accelerator.distributed_type == DistributedType.FSDP:
             raise UserError(
                 "--no-resume-opt does not go with FSDP, whose checkpoints are sharded. Start a new run "
@@ -236,8 +233,8 @@ class Checkpointer:
 
         For the main process, when a run goes on from before its newest checkpoint.
         """
-        position = _position(self.folder / self._name(progress))
-        later = [path for path in _newest_first(self.folder) if _position(path) > position]
+        here = position(self.folder / self._name(progress))
+        later = [path for path in newest_first(self.folder) if position(path) > here]
         for path in later:
             aside = path.with_name(f"superseded-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -259,7 +256,7 @@ class Checkpointer:
             "layout": self.layout,
             "optimizer": self._optimizer_name(),
             "versions": {name: version(name) for name in ("torch", "timm", "accelerate")},
-            "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in files},
+            "files": {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "crc32": crc32(p)} for p in files},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in (*files, temporary / MANIFEST):
@@ -267,8 +264,8 @@ class Checkpointer:
         if path.exists():  # a damaged one, which resuming has passed over
             shutil.rmtree(path)
         rename(temporary, path)
-        checkpoints = _newest_first(self.folder)
-        at_an_end = [p for p in checkpoints if _position(p)[1] == 0][:1]  # to go back to if the ones within are no good
+        checkpoints = newest_first(self.folder)
+        at_an_end = [p for p in checkpoints if position(p)[1] == 0][:1]  # to go back to if the ones within are no good
         for old in (p for p in checkpoints[self.keep :] if p not in at_an_end):
             hidden = old.with_name(f".{old.name}.tmp")  # no half-removed checkpoint under a checkpoint's name
             rename(old, hidden)
@@ -298,111 +295,8 @@ class Checkpointer:
         return f"buffers_{self.accelerator.process_index}.safetensors"
 
 
-def find_checkpoint(folder: Path, accelerator: Accelerator, log: Any) -> Path | None:
-    """The newest whole checkpoint of a run folder; damaged ones are named and passed over. A collective call.
-
-    Returns:
-        None where there is no checkpoint.
-
-    Raises:
-        UserError: there are checkpoints, and all of them are damaged.
-    """
-    found: list[Any] = [None, 0]
-    if accelerator.is_main_process:
-        paths = _newest_first(folder / FOLDER)
-        found[1] = len(paths)
-        for path in paths:
-            damage = _damage(path)
-            if damage is None:
-                found[0] = str(path)
-                break
-            log(f"checkpoint {path} is damaged ({damage}); trying the one before")
-    path, count = broadcast_object_list(found)
-    if path is None and count:
-        raise UserError(
-            f"all {count} checkpoints in {folder / FOLDER} are damaged. Start anew with another "
-            "--experiment, from its weights with --initial-checkpoint if you like, or remove the folder"
-        )
-    return None if path is None else Path(path)
-
-
-def check_checkpoint(path: Path, accelerator: Accelerator) -> None:
-    """Verify a checkpoint that a person named. A collective call.
-
-    Raises:
-        UserError: it is damaged; the message names the newest whole one of the same run.
-    """
-    problem = [None]
-    if accelerator.is_main_process and (damage := _damage(path)) is not None:
-        whole = [p for p in _newest_first(path.parent) if p != path and _damage(p) is None]
-        mend = f"Resume from {whole[0]}, which is whole" if whole else "There is no other whole one beside it"
-        problem[0] = f"checkpoint {path} is damaged ({damage}). {mend}"
-    if (message := broadcast_object_list(problem)[0]) is not None:
-        raise UserError(message)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path has the name of a checkpoint."""
-    return _NAME.fullmatch(path.name) is not None
-
-
-def layout_of(path: Path) -> dict[str, int]:
-    """Processes, batch_size, grad_accum_steps and training images of the run that wrote a checkpoint."""
-    return _read_manifest(path)["layout"]
-
-
-def epochs_done(folder: Path) -> int:
-    """Number of whole epochs of a run folder's newest readable checkpoint; 0 without one."""
-    for path in _newest_first(folder / FOLDER):
-        try:
-            return _read_manifest(path)["progress"]["epoch"]
-        except (OSError, ValueError, KeyError):
-            continue
-    return 0
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Checkpoints by their position in the run; clocks are not asked."""
-    paths = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(paths, key=_position, reverse=True)
-
-
-def _position(path: Path) -> tuple[int, int]:
-    epoch, images = _NAME.fullmatch(path.name).groups()
-    return int(epoch), int(images)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-
-
 def _read_progress(manifest: dict[str, Any]) -> Progress:
     stored = dict(manifest["progress"])
     if "kept" in stored:  # of an earlier version, which counted the epochs whose weights are kept from 0
         stored["top"] = [entry | {"epoch": entry["epoch"] + 1} for entry in stored.pop("kept")]
     return Progress(**stored)
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
-    try:
-        files = _read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as e:
-        return f"{MANIFEST} cannot be read: {type(e).__name__}"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} of {expected['bytes']} bytes"
-        if _crc32(file) != expected["crc32"]:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as stream:
-        while block := stream.read(2**22):
-            value = zlib.crc32(block, value)
-    return value

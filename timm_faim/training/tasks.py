@@ -1,13 +1,11 @@
-"""What a training step computes: mixing, loss, and timm's task around the model, with or without a teacher."""
+"""What a training step computes: timm's task around the model, with or without a teacher."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.data import Mixup, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.loss import create_classification_loss
 from timm.models import get_pretrained_cfg, resolve_model_input_args
 from timm.task import (
     ClassificationTask,
@@ -20,68 +18,49 @@ from timm.task import (
 )
 from torch import nn
 
-from timm_faim import TargetMargin, faim_heads
+from timm_faim import faim_heads
 from timm_faim.models import may_be_converted
 from timm_faim.run.errors import UserError, did_you_mean
+from timm_faim.run.options import above, option, real, whole
 from timm_faim.training.contrastive import ContrastiveTask
-from timm_faim.training.rules import loss_name, mixes_images
+from timm_faim.training.model import build_data_config
+
+if TYPE_CHECKING:
+    from timm_faim.training.options import Options
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup/cutmix, or None when both are off."""
-    if not mixes_images(args):
-        return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-        multi_label=args.multi_label,
+@dataclass
+class DistillationOptions:
+    """Distillation."""
+
+    kd_model_name: str | None = option(
+        "teacher: a pretrained timm name, local-dir:RUN or hf-hub:NAME", metavar="NAME", marks="usual training"
+    )
+    kd_distill_type: str = option(
+        "what is matched: logits, pooled features, or the distillation head of models like DeiT",
+        "logit",
+        choices=("logit", "feature", "token"),
+    )
+    kd_loss_type: str = option("loss between logits", "kl", choices=("kl",))
+    kd_temperature: float = option("temperature of the softmax", 4.0, above(0, 1000), "T")
+    kd_token_distill_type: str = option("target of the distillation head", "soft", choices=("soft", "hard"))
+    kd_student_feature_dim: int | None = option("width of the student's features (default: found)", None, whole(1), "D")
+    kd_teacher_feature_dim: int | None = option("width of the teacher's features (default: found)", None, whole(1), "D")
+    distill_loss_weight: float | None = option(
+        "weight of distillation (default: 1, or 1 - the other)", None, real(0, 1e6), "W", marks="training"
+    )
+    task_loss_weight: float | None = option(
+        "weight of the classification loss (default: 1)", None, real(0, 1e6), "W", marks="training"
     )
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    """Training loss of (logits [B, C], target [B] or [B, C]), with the margin of the model's FAIM heads.
-
-    With mixup or cutmix the target must be the soft one of timm's `Mixup`, which holds the smoothing then.
-
-    Args:
-        args: the options.
-        model: the model in training, or its classifier alone.
-
-    Raises:
-        UserError: options that do not go with the loss.
-    """
-    loss = loss_name(args)
-    try:
-        criterion = create_classification_loss(
-            loss,
-            multi_label=args.multi_label,
-            smoothing=args.smoothing,
-            soft_targets=mixes_images(args),
-            pos_weight=args.bce_pos_weight,
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            jsd_splits=args.aug_splits,
-        )
-    except ValueError as e:
-        raise UserError(f"the {loss} loss: {e}") from e
-    if args.kd_model_name and args.kd_distill_type == "token":
-        model = _main_classifier(model)  # the criterion sees the main head's logits only
-    return TargetMargin(criterion, model) if faim_heads(model) else criterion
-
-
-def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, device: torch.device) -> TrainingTask:
+def build_task(options: "Options", model: nn.Module, criterion: nn.Module, device: torch.device) -> TrainingTask:
     """timm's training task: calls as task(images, target) -> {"loss", "output", ...}.
 
     Its `get_trainable_module()` holds all that learns: with --kd-distill-type feature a projection beside the model.
 
     Args:
-        args: the options.
+        options: the options.
         model: the student.
         criterion: the loss of `build_criterion`.
         device: where the student is; the teacher is put there.
@@ -90,50 +69,53 @@ def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module,
         UserError: a teacher that is unknown, has no trained classifier, has other classes or does not take the
             student's images; a student without a distillation head.
     """
-    dtype = getattr(torch, args.model_dtype or "float32")
+    kd = options.distillation
+    dtype = getattr(torch, options.device.model_dtype or "float32")
     common = {"criterion": criterion, "device": device, "dtype": dtype, "verbose": False}
-    if args.multi_label:
-        return MultiLabelClassificationTask(model, threshold=args.multilabel_threshold, **common)
-    if args.contrastive:
-        return ContrastiveTask(model, args=args, **common)
-    if not args.kd_model_name:
+    if options.data.multi_label:
+        return MultiLabelClassificationTask(model, threshold=options.data.multilabel_threshold, **common)
+    if options.contrastive.contrastive:
+        return ContrastiveTask(model, options=options.contrastive, **common)
+    if not kd.kd_model_name:
         return ClassificationTask(model, **common)
 
-    student = resolve_data_config(vars(args), model=model)
-    channels = student["input_size"][0] if args.input_size else args.in_chans or 3
-    input_size = (channels, *student["input_size"][1:])
-    teacher = _build_teacher(args, model, input_size, device, dtype)
-    common |= {"distill_loss_weight": args.distill_loss_weight, "task_loss_weight": args.task_loss_weight}
+    student = build_data_config(options.input, model)
+    teacher = _build_teacher(kd, model, student["input_size"], device, dtype)
+    common |= {"distill_loss_weight": kd.distill_loss_weight, "task_loss_weight": kd.task_loss_weight}
     try:
-        if args.kd_distill_type == "feature":
+        if kd.kd_distill_type == "feature":
             task = FeatureDistillationTask(
                 model,
                 teacher,
-                student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim,
+                student_feature_dim=kd.kd_student_feature_dim,
+                teacher_feature_dim=kd.kd_teacher_feature_dim,
                 **common,
             )
-        elif args.kd_distill_type == "token":
+        elif kd.kd_distill_type == "token":
             task = TokenDistillationTask(
-                model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
+                model, teacher, distill_type=kd.kd_token_distill_type, temperature=kd.kd_temperature, **common
             )
         else:
             task = LogitDistillationTask(
-                model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common
+                model, teacher, loss_type=kd.kd_loss_type, temperature=kd.kd_temperature, **common
             )
     except ValueError as e:
-        raise UserError(f"--kd-distill-type {args.kd_distill_type}: {' '.join(str(e).split())}") from e
+        raise UserError(f"--kd-distill-type {kd.kd_distill_type}: {' '.join(str(e).split())}") from e
     # timm takes the student's normalisation from its pretrained config, whatever --mean and --std say.
     for key in ("mean", "std"):
-        setattr(task, f"student_{key}", _per_channel(student[key], channels).to(device, dtype))
+        setattr(task, f"student_{key}", _per_channel(student[key], student["input_size"][0]).to(device, dtype))
     return task
 
 
 def _build_teacher(
-    args: argparse.Namespace, model: nn.Module, input_size: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    options: DistillationOptions,
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> DistillationTeacher:
     """The teacher with its own classes: timm would put a fresh classifier on one with other classes, silently."""
-    name = args.kd_model_name
+    name = options.kd_model_name
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise UserError(
             f"unknown --kd-model-name {name!r}.{did_you_mean(name.split('.')[0], timm.list_models())} "
@@ -152,7 +134,7 @@ def _build_teacher(
             "timm model with pretrained weights, local-dir:FOLDER or hf-hub:NAME"
         ) from e
     teacher = teacher.to(device, dtype).eval().requires_grad_(False)
-    if args.kd_distill_type != "feature":
+    if options.kd_distill_type != "feature":
         # λ = 0: the head was converted from the weights' own classifier, and is not fresh
         if faim_heads(teacher) and ":" not in name and not may_be_converted(teacher.faim_cfg):
             raise UserError(
@@ -181,8 +163,3 @@ def _build_teacher(
 def _per_channel(values: Any, channels: int) -> torch.Tensor:
     """Mean or standard deviation as [1, channels, 1, 1]."""
     return torch.tensor(adapt_to_chs(tuple(values), channels)).view(1, -1, 1, 1)
-
-
-def _main_classifier(model: nn.Module) -> nn.Module:
-    classifiers = model.get_classifier()
-    return classifiers[0] if isinstance(classifiers, (tuple, list, nn.ModuleList)) else classifiers
