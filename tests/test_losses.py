@@ -164,7 +164,8 @@ def test_blocks_never_make_or_keep_anything_of_size_b_times_n(name, full, monkey
         value.backward()
     assert whole.numel >= B * B  # the counter does see it
     assert blocks.numel <= max(rows * (B + 1), B * D, D * D)
-    nodes, kept = [loss(x, labels).grad_fn], 0
+    fresh = loss(x, labels)  # held: its graph must live
+    nodes, kept = [fresh.grad_fn], 0
     while nodes:
         node = nodes.pop()
         kept += sum(t.numel() for t in getattr(node, "saved_tensors", ()) if t is not None)
