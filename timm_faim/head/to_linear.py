@@ -53,20 +53,15 @@ def to_linear(head: FAIMHead, features: Tensor | None = None) -> nn.Linear:
 
 def _sphere_layer(head: FAIMHead, x_ND: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights and biases of features x - c: d_k² = 2 - 2 z·m_k / |z| + ε, its root expanded at one common distance."""
-    z_ND = None if x_ND is None else x_ND if head.whiten is None else _framed(x_ND - head.center, head)
+    z_ND = None if x_ND is None else head._framed(x_ND)
     length = math.sqrt(head.in_features) if z_ND is None else z_ND.norm(dim=1).mean()
     m_CD = head.project(head.mu)
     radius = math.sqrt(2.0) if x_ND is None else _deciding_distance(head, x_ND)
     weight_CD = head.gamma() / (radius * length) * m_CD
     bias_C = torch.zeros(len(m_CD), dtype=torch.float64) if head.prior is None else head.prior
-    return weight_CD if head.whiten is None else _framed(weight_CD, head, transposed=True), bias_C
-
-
-def _framed(v: Tensor, head: FAIMHead, transposed: bool = False) -> Tensor:
-    """v A, or v A'."""
-    if not head.full_sigma:
-        return v * head.whiten
-    return v @ (head.whiten.t() if transposed else head.whiten)
+    if head.whiten is not None:
+        weight_CD = weight_CD @ head.whiten.t() if head.full_sigma else weight_CD * head.whiten
+    return weight_CD, bias_C
 
 
 def _deciding_distance(head: FAIMHead, x_ND: Tensor) -> Tensor:
