@@ -35,7 +35,7 @@ from timm_faim.training.class_sampling import build_class_sampler
 from timm_faim.training.data import build_fit_loader, build_loaders
 from timm_faim.training.epochs import train_epochs
 from timm_faim.training.features import cache_features, only_classifier
-from timm_faim.training.fits import build_refit, fit_heads_to
+from timm_faim.training.fits import build_refit, fit_heads_to, starts_from_data
 from timm_faim.training.freeze import apply_freeze
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
@@ -102,7 +102,8 @@ def train_with(options: Options) -> None:
             f"--epochs 0 fits FAIM heads in closed form, and {options.model.model} has none. Train it: --epochs 1"
         )
     clean_images = partial(build_fit_loader, options, data_config, accelerator, data.num_classes)
-    if options.head.head_init == "data" and faim_heads(model):
+    starts_fitted = starts_from_data(options, model)
+    if starts_fitted:
         log("heads from class statistics of the training data")
         fit_heads_to(model, clean_images(), accelerator, "--head-init data")
     if options.learning.cache_features:
@@ -136,6 +137,7 @@ def train_with(options: Options) -> None:
         scheduler,
         mixup=build_mixup(options.mixing, options.loss, options.data, data.num_classes),
         frozen=frozen,
+        starts_fitted=starts_fitted,
     )
     if options.head.head_refit is not None and faim_heads(model):
         run.refit = build_refit(clean_images(), options.head.head_refit, epochs)

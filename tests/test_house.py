@@ -13,7 +13,8 @@ PLACES = [name for name in ("timm_faim", "tests", "benchmarks", "train_faim.py")
 # From the ground up; a room imports from lower floors, and from itself. The package's own names stand above models.
 FLOORS = [
     {"metric", "data", "documents", "version"},
-    {"head", "block", "moments"},
+    {"moments"},
+    {"head", "block"},
     {"losses", "models"},
     {""},
     {"run"},

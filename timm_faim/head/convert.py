@@ -144,6 +144,8 @@ def contradiction(faim_cfg: Mapping[str, Any]) -> str | None:
         return f"init={faim_cfg['init']!r}: the weights decide where prototypes start; leave init out"
     if "scale_init" in faim_cfg:
         return f"scale_init={faim_cfg['scale_init']}: the weights decide γ; leave scale_init out"
+    if faim_cfg.get("moments"):
+        return f"moments={faim_cfg['moments']}: a linear classifier sees the pooled features alone; leave moments out"
     if not faim_cfg.get("eps", 0.0) < 1.0:
         return f"eps={faim_cfg['eps']}: Σ = I needs eps < 1; leave eps out"
     return None

@@ -1,6 +1,7 @@
 """FAIMHead: one prototype per class, logits = -γ d_F(x, μ_k)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from timm_faim.metric import (
     FAIMMetric,
     FillsMissing,
+    LowRankFrame,
     absolute,
     checked_count,
     checked_number,
@@ -18,6 +20,7 @@ from timm_faim.metric import (
 )
 
 from .legacy import log_of_identity, modernise
+from .parts import checked_parts
 
 SPACES = ("indicatrix", "sphere", "flat")
 _INITS = ("scaled", "seed")
@@ -34,6 +37,11 @@ class FAIMHead(FillsMissing, nn.Module):
       d = sqrt(2 - 2 cos(z, μ) + ε): a frozen linear layer and a cosine product.
     - ``"sphere"``: the same with c = 0 and A = I for good.
     - ``"flat"``: the founding form d = F(x - μ) with a Σ of its own, see :class:`timm_faim.FAIMMetric`.
+
+    With ``parts`` the features are several vectors side by side, such as the mean and the second moments of feature
+    maps, each with a frame of its own, z_i = (x_i - c_i) A_i. Their points ẑ_i = z_i / |z_i| on unit spheres, with
+    weights w_i of sum 1, are one point (√w_1 ẑ_1, √w_2 ẑ_2, …) of the unit sphere, where the prototypes are too. So
+    the squared distance of two such points is Σ w_i d_i².
 
     Takes [B, D] or [..., D], and [B, D, H, W] in place of a 1×1-convolution classifier (recognised by a last dimension
     that is not D). Distances are computed in at least float32, also under autocast; logits have the promoted dtype of
@@ -55,12 +63,18 @@ class FAIMHead(FillsMissing, nn.Module):
             the scale of Σ; ``'seed'`` is the founding N(0, I) for μ and β with Σ = I, of logits near -γ sqrt(2 D).
             Start from data: :func:`timm_faim.fit_`.
         eps: ε of the metric.
+        parts: widths of the parts of the features, of sum D; on an indicatrix without 1-form. The first has the frame
+            of a head of one part, the others one of few directions (:class:`timm_faim.metric.LowRankFrame`).
+        part_weights: w_i >= 0, one a part (default: alike), scaled to sum 1.
+        rank: directions of the other parts' Σ.
 
     Parameters: ``mu`` [C, D], ``scale`` [1], optionally ``prior`` [C], and those of ``metric``; on the indicatrix also
-    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient). Off ``"flat"`` the Σ
-    of ``metric`` is the identity for good. γ and λ act as absolute values, so that no optimizer step makes them
-    negative in effect. State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of shape [])
-    load strictly into flat heads, and those of heads on the indicatrix from before there was a frame are moved into it.
+    ``whiten`` (A, [D, D] or its diagonal [D]) and ``center`` (c, [D], never trained by gradient), of the first part
+    where there are several; those have ``frames`` for the others and ``part_weights``, never trained either. Off
+    ``"flat"`` the Σ of ``metric`` is the identity for good. γ and λ act as absolute values, so that no optimizer step
+    makes them negative in effect. State dicts of the founding code (``beta``, ``lmbda``, … beside ``mu``, scalars of
+    shape []) load strictly into flat heads, and those of heads on the indicatrix from before there was a frame are
+    moved into it.
 
     Raises:
         TypeError, ValueError: an argument that is no number or out of its range, named with the value; on call,
@@ -83,6 +97,9 @@ class FAIMHead(FillsMissing, nn.Module):
         prior: bool = False,
         init: str = "scaled",
         eps: float = 1e-6,
+        parts: Sequence[int] = (),
+        part_weights: Sequence[float] = (),
+        rank: int = 256,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,20 +123,29 @@ class FAIMHead(FillsMissing, nn.Module):
         self.init = init
         self.metric = FAIMMetric(in_features, full_sigma and self.is_flat, symmetric, lambda_init, eps=eps, **factory)
         self.in_features = in_features = self.metric.in_features
+        self.parts, self.weights_init = checked_parts(in_features, parts, part_weights)
         self.metric.requires_grad_(learn_metric)
         if not self.is_flat:
             self.metric.log_sigma_diag.requires_grad_(False)
         self.cosine = not self.is_flat and not learn_metric and self.metric.lambda_init == 0
+        if len(self.parts) > 1 and not (self.cosine and space == "indicatrix"):
+            raise ValueError(f"parts={self.parts} need space='indicatrix', lambda_init=0 and learn_metric=False, got "
+                             f"space={space!r}, lambda_init={lambda_init:g}, learn_metric={learn_metric}")  # fmt: skip
         self.mu = nn.Parameter(torch.empty(num_classes, in_features, **factory))
         self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
         self.register_parameter("prior", nn.Parameter(torch.empty(num_classes, **factory)) if prior else None)
         framed = space == "indicatrix"
         # no buffer: what opens a model in parts may leave buffers as they start
-        center = nn.Parameter(torch.empty(in_features, **factory), requires_grad=False) if framed else None
+        first = self.parts[0]
+        center = nn.Parameter(torch.empty(first, **factory), requires_grad=False) if framed else None
         self.register_parameter("center", center)
-        shape = (in_features,) * (2 if full_sigma else 1)
+        shape = (first,) * (2 if full_sigma else 1)
         whiten = nn.Parameter(torch.empty(shape, **factory), requires_grad=learn_metric) if framed else None
         self.register_parameter("whiten", whiten)
+        rank = checked_count("rank", rank)
+        self.frames = nn.ModuleList(LowRankFrame(D, min(rank, D), **factory) for D in self.parts[1:])
+        weights = nn.Parameter(torch.empty(len(self.parts), **factory), requires_grad=False) if self.frames else None
+        self.register_parameter("part_weights", weights)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,6 +157,11 @@ class FAIMHead(FillsMissing, nn.Module):
         if self.center is not None and self.whiten is not None:
             nn.init.zeros_(self.center)
             nn.init.eye_(self.whiten) if self.full_sigma else nn.init.ones_(self.whiten)
+        for frame in self.frames:
+            frame.reset_parameters()
+        if self.part_weights is not None:
+            for i, weight in enumerate(self.weights_init):
+                nn.init.constant_(self.part_weights[i], weight)
         # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On a
         # sphere the scale of μ only sets its effective learning rate, for which 1/sqrt(D) is the usual weights' scale.
         nn.init.normal_(self.mu, std=1.0 if self.is_flat else 1.0 / math.sqrt(D))
@@ -147,6 +178,7 @@ class FAIMHead(FillsMissing, nn.Module):
         """The head in words, such as "full Σ, on the indicatrix"."""
         words = ["Σ = I" if self.space == "sphere" else "full Σ" if self.full_sigma else "diagonal Σ"]
         words += ["Randers"] * (not self.metric.symmetric) + [f"on the {self.space}"] * (not self.is_flat)
+        words += [f"{len(self.parts)} parts"] * (len(self.parts) > 1)
         return ", ".join(words + ["class prior"] * (self.prior is not None))
 
     def initial_distance(self) -> float:
@@ -206,7 +238,16 @@ class FAIMHead(FillsMissing, nn.Module):
         return self.project(self._framed(x))
 
     def _framed(self, x: Tensor) -> Tensor:
-        """(x - c) A, or x where there is no frame."""
+        """(x - c) A, or x where there is no frame; of several parts the point (√w_1 ẑ_1, √w_2 ẑ_2, …)."""
+        if self.part_weights is None:
+            return self._in_first_frame(x)
+        pieces = x.split(self.parts, -1)
+        points = [unit_vectors(self._in_first_frame(pieces[0])) * self.part_weights[0].sqrt()]
+        for i, frame in enumerate(self.frames):
+            points.append(unit_vectors(frame(pieces[i + 1])) * self.part_weights[i + 1].sqrt())
+        return torch.cat(points, -1)
+
+    def _in_first_frame(self, x: Tensor) -> Tensor:
         if self.center is not None and self.whiten is not None:
             wide = torch.promote_types(torch.promote_types(x.dtype, self.whiten.dtype), torch.float32)
             x, whiten = x.to(wide) - self.center.to(wide), self.whiten.to(wide)
@@ -215,7 +256,8 @@ class FAIMHead(FillsMissing, nn.Module):
 
     @torch.jit.ignore
     def sigma(self) -> Tensor:
-        """Σ of the features as a dense matrix [D, D], in the dtype of the parameters."""
+        """Σ of the features, of the first part where there are several, as a dense matrix [D, D], in the dtype of the
+        parameters."""
         if self.whiten is None:
             return self.metric.sigma()
         return self.whiten @ self.whiten.t() if self.full_sigma else torch.diag(self.whiten.square())
@@ -241,10 +283,16 @@ class FAIMHead(FillsMissing, nn.Module):
             False, and the head is as it was, where either head is not on an indicatrix or the widths differ.
         """
         center = state.get("center")
-        if self.center is None or center is None or center.shape != self.center.shape:
-            return False
         own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         taken = {name: tensor for name, tensor in state.items() if name not in ("mu", "scale", "prior")}
+        shapes = {name: own[name].shape for name in own if name.startswith("frames.")}
+        if (
+            self.center is None
+            or center is None
+            or center.shape != self.center.shape
+            or shapes != {name: taken[name].shape for name in taken if name.startswith("frames.")}
+        ):
+            return False
         self.load_state_dict(own | taken)  # a state from before the frame would move μ
         self.mu.copy_(own["mu"])
         return True
@@ -263,4 +311,5 @@ class FAIMHead(FillsMissing, nn.Module):
         return (
             f"{self.in_features}, {self.num_classes}, space={self.space!r}, full_sigma={self.full_sigma}, "
             f"margin={self.margin:g}, prior={self.prior is not None}"
+            + (f", parts={self.parts}" if len(self.parts) > 1 else "")
         )

@@ -4,12 +4,15 @@ from .checks import checked_count, checked_number
 from .cosine import cosine_logits
 from .functional import unit_vectors
 from .hosts import FillsMissing, traced_call
+from .low_rank import LowRankFrame, RowScatter
 from .module import FAIMMetric, absolute, faim_distance
 from .precision import without_autocast
 
 __all__ = [
     "FAIMMetric",
     "FillsMissing",
+    "LowRankFrame",
+    "RowScatter",
     "absolute",
     "checked_count",
     "checked_number",

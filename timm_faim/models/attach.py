@@ -18,6 +18,7 @@ from torch import nn
 from timm_faim.head import FAIMHead, faim_heads
 
 from .config import of_heads
+from .moments import branch_of, connect_heads
 
 
 def attach_heads(model: nn.Module, faim_cfg: dict[str, Any], ready: Mapping[str, FAIMHead] | None = None) -> nn.Module:
@@ -116,11 +117,14 @@ def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _replace_classifiers(model: nn.Module, ready: Mapping[str, FAIMHead]) -> None:
+    branch = branch_of(model)
     for name, layer in classifier_layers(model).items():
         parent_name, _, child_name = name.rpartition(".")
-        head = ready[name] if name in ready else _head_like(layer, model.faim_cfg)
+        further = [] if branch is None else branch.widths
+        head = ready[name] if name in ready else _head_like(layer, model.faim_cfg, further)
         setattr(model.get_submodule(parent_name), child_name, head)
         _keep_unfused(model, parent_name)
+    connect_heads(model)
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
@@ -142,10 +146,15 @@ def _classifier_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _head_like(layer: nn.Module, faim_cfg: dict[str, Any]) -> FAIMHead:
+def _head_like(layer: nn.Module, faim_cfg: dict[str, Any], further: list[int]) -> FAIMHead:
+    """A head in the place of a layer, with ``further`` features beside the layer's own."""
     out_features, in_features = layer.weight.shape[:2]
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    head = FAIMHead(in_features, out_features, **of_heads(faim_cfg), **like)
+    options = of_heads(faim_cfg) | {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if further:
+        weight = faim_cfg["moments"]["weight"]
+        options["part_weights"] = [1.0 - weight, *[weight / len(further)] * len(further)]
+        options |= {"parts": [in_features, *further], "rank": faim_cfg["moments"]["rank"]}
+    head = FAIMHead(in_features + sum(further), out_features, **options)
     return head.train(layer.training)
 
 

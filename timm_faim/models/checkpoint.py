@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_faim.head import faim_heads
 from timm_faim.version import __version__
 
+from .moments import NAME, branch_of
 from .published import Entry
 
 _logger = logging.getLogger(__name__)
@@ -98,6 +99,33 @@ def split_charts(state_dict: StateDict) -> tuple[StateDict, StateDict]:
     return {key: value for key, value in state_dict.items() if key not in charts}, charts
 
 
+def split_branch(state_dict: StateDict) -> tuple[StateDict, StateDict]:
+    """All other entries, and those of the branch of second moments without its name."""
+    prefix = f"{NAME}."
+    branch = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    return {key: value for key, value in state_dict.items() if not key.startswith(prefix)}, branch
+
+
+def load_branch(model: nn.Module, saved: StateDict) -> None:
+    """Load the projections of second moments; a checkpoint without any leaves those of the model as they start.
+
+    Raises:
+        RuntimeError: the checkpoint has moments and the model none, or of other stages or numbers of components.
+    """
+    branch = branch_of(model)
+    if branch is None and saved and model.num_classes > 0:
+        raise RuntimeError("the checkpoint's FAIM head reads second moments; use the checkpoint's own faim_cfg "
+                           "(moments=…)")  # fmt: skip
+    if branch is None or not saved:
+        return
+    try:
+        branch.load_state_dict(saved)
+    except RuntimeError as error:
+        names = ", ".join(stage.name for stage in branch.stages)
+        raise RuntimeError(f"the checkpoint has second moments of other stages than {names}, or other numbers of "
+                           f"components; use its own faim_cfg (moments=…). {error}") from error  # fmt: skip
+
+
 def load_charts(model: nn.Module, saved: StateDict, is_part: bool = False) -> None:
     """Load the charts of FAIM blocks; those of a checkpoint without any stay the identity, with one log line.
 
@@ -142,8 +170,8 @@ def check_backbone(model: nn.Module, backbone: StateDict, strict: bool) -> None:
     Raises:
         RuntimeError: names the first missing parameters.
     """
-    head_names = tuple(f"{name}." for name in faim_heads(model))
-    wanted = [key for key in model.state_dict() if not (head_names and key.startswith(head_names))]
+    head_names = (*(f"{name}." for name in faim_heads(model)), f"{NAME}.")
+    wanted = [key for key in model.state_dict() if not key.startswith(head_names)]
     missing = [key for key in wanted if key not in backbone]
     if not missing:
         return

@@ -8,11 +8,15 @@ from typing import Any
 from timm_faim.block.chart import BASES
 from timm_faim.documents import short_errors
 from timm_faim.head import DEFAULT_PRESET, PRESETS, FAIMHead
+from timm_faim.metric import checked_count, checked_number
 
 PREFIX = "faim_"  # of the twins' names
 _BLOCK_OPTIONS = {"blocks": 0, "block_base": "learned", "block_full_sigma": False, "block_symmetric": True,
                   "block_shared": False}  # fmt: skip
-_GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "device", "dtype")
+_GIVEN_BY_MODEL = ("self", "in_features", "num_classes", "parts", "part_weights", "rank", "device", "dtype")
+# of moments: stages by name (none: the architecture's own), d (0: the channels, at most 112), their share of the
+# distance, and the directions of their Σ
+_MOMENTS_OPTIONS: dict[str, Any] = {"stages": [], "components": 0, "weight": 0.75, "rank": 256}
 # Of completed configs that were saved before `space`; "recipe" came later than the others.
 _NOW = {"recipe": "preset", "normalize": "space", "indicatrix": "space"}
 _EARLIER_KEYS = {"lambda_init", "scale_init", "full_sigma", "symmetric", "init", "normalize", "learn_scale", "damping",
@@ -37,7 +41,8 @@ def block_options() -> dict[str, Any]:
 
 def of_heads(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keys of a ``faim_cfg`` that are arguments of FAIMHead."""
-    return {key: value for key, value in (faim_cfg or {}).items() if key not in _BLOCK_OPTIONS and key != "preset"}
+    others = {"preset", "moments", *_BLOCK_OPTIONS}
+    return {key: value for key, value in (faim_cfg or {}).items() if key not in others}
 
 
 def may_be_converted(faim_cfg: Mapping[str, Any]) -> bool:
@@ -60,13 +65,13 @@ def resolve_faim_cfg(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
     given = dict(faim_cfg or {})
     if given.keys() >= _EARLIER_KEYS:
         given = _modernised(given)
-    options = {"preset": DEFAULT_PRESET} | head_options() | block_options()
+    options = {"preset": DEFAULT_PRESET} | head_options() | {"moments": False} | block_options()
     for key, value in given.items():
         if key not in options:
             near = _NOW.get(key) or nearest(key, options)
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"unknown faim_cfg key {key!r}; {hint}known keys: {', '.join(options)}")
-        options[key] = _checked(key, value, options[key])
+        options[key] = _checked_moments(value) if key == "moments" else _checked(key, value, options[key])
     if options["preset"] not in PRESETS:
         raise ValueError(f"faim_cfg['preset'] must be one of {', '.join(PRESETS)}, got {options['preset']!r}")
     options.update({key: value for key, value in PRESETS[options["preset"]].items() if key not in given})
@@ -74,6 +79,34 @@ def resolve_faim_cfg(faim_cfg: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValueError(f"faim_cfg['blocks'] must be >= 0, got {options['blocks']}")
     if options["block_base"] not in BASES:
         raise ValueError(f"faim_cfg['block_base'] must be one of {BASES}, got {options['block_base']!r}")
+    return options
+
+
+def _checked_moments(value: Any) -> dict[str, Any] | bool:
+    """False, or the options of the moments, completed: True, the name of a stage, several, or a dict."""
+    if value is False or value is None:
+        return False
+    given = {} if value is True else {"stages": value} if isinstance(value, (str, list, tuple)) else value
+    if not isinstance(given, Mapping):
+        raise TypeError(f"faim_cfg['moments'] must be True, False, the name of a stage, a list of names or a dict of "
+                        f"{', '.join(_MOMENTS_OPTIONS)}, got {value!r}")  # fmt: skip
+    options = dict(_MOMENTS_OPTIONS)
+    for key, each in given.items():
+        if key not in options:
+            near = nearest(str(key), options)
+            hint = f"did you mean {near!r}? " if near else ""
+            raise ValueError(f"unknown key {key!r} in faim_cfg['moments']; {hint}known keys: {', '.join(options)}")
+        if key == "stages":
+            each = [each] if isinstance(each, str) else each
+            if not (isinstance(each, (list, tuple)) and all(isinstance(name, str) and name for name in each)):
+                raise TypeError(f"faim_cfg['moments']: stages must be names of modules, got {each!r}")
+            if len(set(each)) < len(each):
+                raise ValueError(f"faim_cfg['moments']: a stage is named twice in {list(each)}")
+            options[key] = list(each)
+        elif key == "weight":
+            options[key] = checked_number("faim_cfg['moments']: weight", each, most=1.0, above=True)
+        elif key == "rank" or each != 0 or isinstance(each, bool):
+            options[key] = checked_count(f"faim_cfg['moments']: {key}", each)
     return options
 
 

@@ -29,17 +29,21 @@ from .blocks import insert_charts
 from .checkpoint import (
     check_backbone,
     check_classes,
+    load_branch,
     load_charts,
     load_heads,
     read_faim_state_dict,
     read_published,
+    split_branch,
     split_charts,
     split_heads,
 )
 from .config import PREFIX, of_heads, resolve_faim_cfg
 from .convert import convert_
+from .moments import add_branch
 from .published import Entry, published
 from .saved import SOURCES, check_source
+from .stages import find_stage
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +144,7 @@ def _create(
         if reason := contradiction(given_cfg or {}):
             raise ValueError(f"faim_cfg {reason}, or start a fresh head with pretrained_head='fresh'")
         return insert_charts(convert_(model, faim_cfg=of_heads(given_cfg)), arch, faim_cfg, kwargs)
-    _attach(model, arch, faim_cfg)
+    _attach(model, arch, faim_cfg, kwargs)
     insert_charts(model, arch, faim_cfg, kwargs)
     if pretrained and model.num_classes > 0:
         tag = model.pretrained_cfg.get("tag") or "default"
@@ -166,6 +170,7 @@ def _create_from_checkpoint(
     arch: str, source: PretrainedCfg, state_dict: dict[str, Any], faim_cfg: dict[str, Any], keeps: bool, **kwargs: Any
 ) -> nn.Module:
     backbone, charts = split_charts(state_dict)
+    backbone, moments = split_branch(backbone)
     backbone, heads = split_heads(backbone)
     kwargs.setdefault("num_classes", source.num_classes)
     if kwargs["num_classes"] == source.num_classes:
@@ -181,7 +186,8 @@ def _create_from_checkpoint(
         return model
     model.pretrained_cfg.clear()  # the same dict is default_cfg
     model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())
-    _attach(model, arch, faim_cfg)
+    _attach(model, arch, faim_cfg, kwargs)
+    load_branch(model, moments)
     check_backbone(model, backbone, strict=model.num_classes == source.num_classes)
     load_heads(model, heads, keeps)
     insert_charts(model, arch, faim_cfg, kwargs)
@@ -210,12 +216,16 @@ def _create_published(
         return _create_from_checkpoint(arch, source, weights, faim_cfg, keeps, **kwargs)
     model = model_entrypoint(arch)(pretrained=False, pretrained_cfg=source.to_dict(), **kwargs)
     if not kwargs.get("features_only"):
-        _attach(model, arch, faim_cfg)
+        _attach(model, arch, faim_cfg, kwargs)
     return insert_charts(model, arch, faim_cfg, kwargs)
 
 
-def _attach(model: nn.Module, arch: str, faim_cfg: dict[str, Any]) -> None:
+def _attach(model: nn.Module, arch: str, faim_cfg: dict[str, Any], arguments: dict[str, Any]) -> None:
     model.pretrained_cfg["architecture"] = PREFIX + arch
+    if moments := faim_cfg["moments"]:
+        stages = [find_stage(arch, arguments, wanted) for wanted in moments["stages"] or [None]]
+        add_branch(model, stages, moments["components"])
+        faim_cfg = faim_cfg | {"moments": moments | {"stages": [stage.name for stage in stages]}}
     attach_heads(model, faim_cfg)
 
 

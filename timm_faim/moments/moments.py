@@ -9,14 +9,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import checked_count
+from timm_faim.metric import FillsMissing, checked_count
 
 from .root import matrix_root
 
 MOST_COMPONENTS = 128  # D = 8,385
 
 
-class Moments(nn.Module):
+class Moments(FillsMissing, nn.Module):
     """[B, c, H, W] or tokens [B, N, c] to the root of their second moments, a vector [B, D].
 
         z_n = P'(f_n - m),   z'_n = (z_n, b),   G = mean_n z'_n z'_n',   v = upper triangle of G^½
@@ -27,7 +27,10 @@ class Moments(nn.Module):
     Args:
         channels: c.
         components: d, from 1 to c and at most 128.
-        steps: of the root's iteration, see :func:`matrix_root`.
+        steps: of the root's iteration, see :func:`matrix_root`. Few leave the smallest eigenvalues smaller than their
+            root, which costs features nothing (docs/moments.md).
+        channels_last: maps come as [B, H, W, c].
+        prefix: so many leading tokens are no positions (class token, registers) and are left out.
 
     Parameters: ``projection`` (P, [c, d]), learned; ``mean`` (m, [c]) and ``offset`` (b, [1]), which :meth:`fit_` sets.
 
@@ -35,21 +38,30 @@ class Moments(nn.Module):
         TypeError, ValueError: numbers out of range; on call, maps of another number of channels.
     """
 
-    def __init__(self, channels: int, components: int = 64, *, steps: int = 10) -> None:
+    def __init__(
+        self,
+        channels: int,
+        components: int = 64,
+        *,
+        steps: int = 6,
+        channels_last: bool = False,
+        prefix: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.channels = checked_count("channels", channels)
         self.components = checked_count("components", components)
         self.steps = checked_count("steps", steps)
         if not self.components <= min(self.channels, MOST_COMPONENTS):
             raise ValueError(f"components must be at most the {self.channels} channels and {MOST_COMPONENTS}, got "
                              f"{components}")  # fmt: skip
-        self.projection = nn.Parameter(torch.empty(self.channels, self.components))
-        self.mean = nn.Parameter(torch.zeros(self.channels), requires_grad=False)
-        self.offset = nn.Parameter(torch.ones(1), requires_grad=False)
-        n = self.components + 1
-        rows, columns = torch.triu_indices(n, n)
-        self.register_buffer("entries", rows * n + columns, persistent=False)
-        self.register_buffer("weights", torch.where(rows == columns, 1.0, math.sqrt(2.0)), persistent=False)
+        self.channels_last = channels_last
+        self.prefix = prefix
+        self.projection = nn.Parameter(torch.empty(self.channels, self.components, **factory))
+        self.mean = nn.Parameter(torch.empty(self.channels, **factory), requires_grad=False)
+        self.offset = nn.Parameter(torch.empty(1, **factory), requires_grad=False)
         self.reset_parameters()
 
     @property
@@ -65,45 +77,53 @@ class Moments(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """v [B, D] of maps [B, c, H, W] or tokens [B, N, c], in at least float32."""
-        f_BNc = self._positions(x)
+        f_BNc = self.positions(x)
         dtype = torch.promote_types(f_BNc.dtype, torch.float32)
         z_BNd = ((f_BNc - self.mean) @ self.projection).to(dtype)
         z_BNn = torch.cat([z_BNd, self.offset.to(dtype).expand(z_BNd.shape[0], z_BNd.shape[1], 1)], -1)
         G_Bnn = torch.bmm(z_BNn.transpose(1, 2), z_BNn) / z_BNn.shape[1]
         root_Bnn = matrix_root(G_Bnn, self.steps)
-        return root_Bnn.flatten(1)[:, self.entries] * self.weights.to(root_Bnn.dtype)
+        n = self.components + 1
+        rows, columns = torch.triu_indices(n, n, device=x.device)
+        weights = torch.where(rows == columns, 1.0, math.sqrt(2.0)).to(root_Bnn.dtype)
+        return root_Bnn.flatten(1).index_select(1, rows * n + columns) * weights
 
-    def _positions(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and x.shape[1] == self.channels:
-            return x.flatten(2).transpose(1, 2)
-        if x.dim() == 3 and x.shape[2] == self.channels:
-            return x
-        raise ValueError(f"expected maps [B, {self.channels}, H, W] or tokens [B, N, {self.channels}], got shape "
-                         f"{list(x.shape)}")  # fmt: skip
+    def positions(self, x: Tensor) -> Tensor:
+        """[B, N, c] of maps or tokens."""
+        if x.dim() == 4 and x.shape[-1 if self.channels_last else 1] == self.channels:
+            return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
+        if x.dim() == 3 and x.shape[2] == self.channels and x.shape[1] > self.prefix:
+            return x[:, self.prefix :]
+        places = f"H, W, {self.channels}" if self.channels_last else f"{self.channels}, H, W"
+        raise ValueError(f"expected maps [B, {places}] or tokens [B, N, {self.channels}], got shape {list(x.shape)}")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether m, P and b are those of data, here or in a checkpoint."""
+        return bool(self.mean.any())
 
     @torch.no_grad()
-    def fit_(self, maps: Iterable[Tensor]) -> "Moments":
-        """Set m, P and b from one pass over maps or tokens: mean, leading principal directions, and the root mean
-        variance of the kept components. Sums are float64; each image counts alike, however many positions it has.
+    def fit_(self, maps: "Iterable[Tensor] | MapStatistics") -> "Moments":
+        """Set m, P and b from maps or tokens, or their statistics: mean, leading principal directions, and the root
+        mean variance of the kept components.
 
         Raises:
             ValueError: no maps, values that are not finite, or maps that are constant.
         """
-        count, total_c, second_cc = 0, 0.0, 0.0
-        for x in maps:
-            f_BNc = self._positions(x).to(self.mean.device, torch.float64)
-            count += len(f_BNc)
-            total_c = total_c + f_BNc.mean(1).sum(0)
-            second_cc = second_cc + torch.einsum("bnc,bnd->cd", f_BNc, f_BNc) / f_BNc.shape[1]
-        if not count:
+        if not isinstance(maps, MapStatistics):
+            statistics = MapStatistics(self)
+            for x in maps:
+                statistics.update(x)
+            maps = statistics
+        if not maps.count:
             raise ValueError("no maps to fit moments from")
-        mean_c = total_c / count
-        covariance_cc = second_cc / count - torch.outer(mean_c, mean_c)
+        mean_c = maps.total_c / maps.count
+        covariance_cc = maps.second_cc / maps.count - torch.outer(mean_c, mean_c)
         if not covariance_cc.isfinite().all():
             raise ValueError("the maps contain NaN or inf; check the backbone's weights and the input normalisation")
         values_c, vectors_cc = torch.linalg.eigh(covariance_cc)
         kept_d = values_c.flip(0)[: self.components].clamp_min(0.0)
-        if not kept_d[0] > 1e-12 * (second_cc.diagonal().sum() / count):
+        if not kept_d[0] > 1e-12 * (maps.second_cc.diagonal().sum() / maps.count):
             raise ValueError("the maps are constant; there are no moments to tell images apart by")
         self.mean.copy_(mean_c)
         self.projection.copy_(vectors_cc.flip(1)[:, : self.components])
@@ -112,3 +132,27 @@ class Moments(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.components}, out_features={self.out_features}"
+
+
+class MapStatistics:
+    """Running mean and covariance of the positions of maps; float64 on the module's device, O(c²). Each image counts
+    alike, however many positions it has."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        zeros = {"dtype": torch.float64, "device": moments.mean.device}
+        c = moments.channels
+        self.count, self.total_c, self.second_cc = (torch.zeros(shape, **zeros) for shape in ((), (c,), (c, c)))
+
+    def update(self, x: Tensor) -> None:
+        """Add the positions of maps or tokens."""
+        f_BNc = self.moments.positions(x).to(self.total_c)
+        self.count += len(f_BNc)
+        self.total_c += f_BNc.mean(1).sum(0)
+        flat = f_BNc.flatten(0, 1)
+        self.second_cc += flat.t() @ flat / f_BNc.shape[1]
+
+    def all_reduce(self) -> None:
+        """Sum over all ranks of an initialised process group."""
+        for sums in (self.count, self.total_c, self.second_cc):
+            torch.distributed.all_reduce(sums)

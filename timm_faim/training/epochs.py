@@ -7,7 +7,6 @@ from typing import Any
 
 from timm.utils import distribute_bn
 
-from timm_faim import faim_heads
 from timm_faim.report.plots import draw_learning_curve, has_matplotlib
 from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import UserError
@@ -41,7 +40,7 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
         cut_summary(run.run_folder / "summary.csv", -1 if is_new else progress.epoch)
     last = epochs if options.checkpoints.stop_epoch is None else min(epochs, options.checkpoints.stop_epoch)
     try:
-        if is_new and options.head.head_init == "data" and faim_heads(run.model):
+        if is_new and run.starts_fitted:
             finish_start(run, val_loader, log)
         while progress.epoch < last:
             trained = train_one_epoch(run)

@@ -7,9 +7,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from timm_faim import fit_
+from timm_faim import faim_heads, fit_
+from timm_faim.moments import Moments
 from timm_faim.run.errors import UserError
 from timm_faim.training.loop import Training
+from timm_faim.training.options import Options
+
+
+def starts_from_data(options: Options, model: torch.nn.Module) -> bool:
+    """Whether the heads start in closed form: as --head-init data says, and always where they read second moments,
+    whose projection comes from maps."""
+    reads_new_moments = any(isinstance(m, Moments) and not m.is_fitted for m in model.modules())
+    return bool(faim_heads(model)) and (options.head.head_init == "data" or reads_new_moments)
 
 
 def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator, flag: str) -> None:

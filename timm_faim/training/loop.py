@@ -67,6 +67,7 @@ class Training:
     mixup: Callable | None = None
     frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
     checkpointer: Checkpointer | None = None
+    starts_fitted: bool = False  # with heads in closed form, which are evaluated as epoch 0
     refit: "Callable[[Training], None] | None" = None  # after the last epoch
     stop: StopRequest = field(default_factory=StopRequest)
     is_stopping: bool = False  # some process was asked to stop; the same on all of them
