@@ -75,6 +75,11 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_backbone(weights: Path, name: str = MODEL, **options) -> nn.Module:
     """A backbone without its classifier, in eval mode: images [B, 3, H, W] -> features [B, D]."""
     model = timm.create_model(name, pretrained=False, **options)
@@ -103,7 +108,7 @@ def frozen_features(name: str, folder: Path, weights: Path, cache: Path, views: 
     A cache file is named by the hashes of data and weights, so that neither can change unnoticed.
     """
     data_hash = hash_folder(folder)
-    weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights_hash = hash_file(weights)
     cache.mkdir(parents=True, exist_ok=True)
     model: nn.Module | None = None
 
