@@ -120,6 +120,8 @@ def run_all(configs: list[dict[str, Any]], args: argparse.Namespace, deadline: f
     done = {key(r) for r in read(args.output)}
     configs = [c for c in configs if key(c) not in done]
     print(f"{len(configs)} runs to do, {len(done)} done", flush=True)
+    if time.time() >= deadline:
+        return
     context = multiprocessing.get_context("spawn")
     queue, lock = context.Queue(), context.Lock()
     for config in configs:
