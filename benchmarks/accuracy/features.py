@@ -54,7 +54,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def named_folders(entries: list[str]) -> dict[str, Path]:
-    """Folders by name of the NAME=DIR words of --data."""
+    """Paths by name of words NAME=PATH."""
     return {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in entries)}
 
 
@@ -75,9 +75,14 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(weights: Path) -> nn.Module:
-    """The backbone without its classifier, in eval mode: images [B, 3, H, W] -> features [B, D]."""
-    model = timm.create_model(MODEL, pretrained=False)
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_backbone(weights: Path, name: str = MODEL, **options) -> nn.Module:
+    """A backbone without its classifier, in eval mode: images [B, 3, H, W] -> features [B, D]."""
+    model = timm.create_model(name, pretrained=False, **options)
     model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(weights).items()})
     model.reset_classifier(0)
     return model.eval().to(memory_format=torch.channels_last)
@@ -103,7 +108,7 @@ def frozen_features(name: str, folder: Path, weights: Path, cache: Path, views: 
     A cache file is named by the hashes of data and weights, so that neither can change unnoticed.
     """
     data_hash = hash_folder(folder)
-    weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights_hash = hash_file(weights)
     cache.mkdir(parents=True, exist_ok=True)
     model: nn.Module | None = None
 

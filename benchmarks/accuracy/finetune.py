@@ -1,80 +1,60 @@
 """One full fine-tuning of a backbone under one head; on a GPU each step is one replay of a CUDA graph.
 
-Several runs share a GPU: each replays its graph on a stream of its own, see :mod:`study`. After training every head,
-the peers too, is measured three times: as it is, and with its backbone's class means and a within-class Σ put in its
-place in closed form (on centre crops and three augmented views of the training images), on the indicatrix of Σ and
-of Σ = I. The second is FAIM's refit, the third its ablation.
+Several runs share a GPU: each replays its graph on a stream of its own, see :mod:`study`. After training every method
+is measured alike: as trained, with the closed-form refits of :mod:`refits` on its own backbone (whole images and three
+augmented views of the training images), and with blends of the two. FAIM's own default is one of these, fixed before.
 """
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from features import load_backbone
-from heads import METHODS
-from images import Images, augment, centre, cut, draw_augmentation, hold_out
+from images import Images, augment, cut, draw_augmentation, hold_out, resized
+from joint import build_head
 from measures import measures
+from parts import build
+from refits import blends, default_refit, distance_logits, refits
+from settings import ABLATIONS, SETTINGS
 from torch import Tensor
-from torch.nn import functional as F
-
-import timm_faim
 
 BATCH, WEIGHT_DECAY, REFIT_VIEWS = 32, 0.05, 3
-SETTINGS = {  # name -> data, images a class (0: all), backbone, kind of augmentation, resolution, base learning rate
-    "grocery81": ("grocery81", 0, "pretrained", "photo", 160, 4e-4),
-    "grocery81-5": ("grocery81", 5, "pretrained", "photo", 160, 4e-4),
-    "grocery81-3": ("grocery81", 3, "pretrained", "photo", 160, 4e-4),
-    "leaf99": ("leaf99", 0, "pretrained", "photo", 160, 4e-4),
-    "leaf99-3": ("leaf99", 3, "pretrained", "photo", 160, 4e-4),
-    "omniglot242": ("omniglot242", 0, "resnet10t", "drawing", 56, 4e-3),
-}
-
-
-def stored_size(setting: str) -> int:
-    """Resolution at which the images of a setting are kept."""
-    resolution = SETTINGS[setting][4]
-    return round(resolution * 1.15) if SETTINGS[setting][3] == "photo" else resolution
 
 
 class Run:
     """A run: ``while run.advance(): pass``, then ``run.finish()``.
 
     Args:
-        config: ``setting``, ``method``, ``seed``, ``selection`` (train and measure on parts of the training set),
-            ``lr``, ``lr_mu`` (factor for prototypes), ``smoothing``, ``start`` ("random" or "means"), ``options`` of
-            the head.
-        images: of the setting's data, at :func:`stored_size`.
-        weights: file of the pretrained backbone.
+        config: ``setting``, ``method``, ``features``, ``seed``, ``selection`` (train and measure on parts of the
+            training set), ``lr``, ``lr_mu`` (factor for prototypes), ``decay_mu``, ``smoothing``, ``start`` ("random"
+            or "means"), ``options`` of the head.
+        images: of the setting's data, at its stored size.
+        weights: files of the pretrained backbones.
         device: of the run.
     """
 
-    def __init__(self, config: dict[str, Any], images: Images, weights: str, device: torch.device) -> None:
-        _, shots, backbone, self.kind, self.resolution, _ = SETTINGS[config["setting"]]
+    def __init__(self, config: dict[str, Any], images: Images, weights: dict[str, Path], device: torch.device) -> None:
+        setting = (SETTINGS | ABLATIONS)[config["setting"]]
+        self.kind, self.resolution = setting.kind, setting.resolution
         self.config, self.device, self.began = config, device, time.time()
         torch.manual_seed(config["seed"])
         self.generator = torch.Generator().manual_seed(config["seed"])
         pixels, labels = images.train
-        kept = cut(labels, shots, torch.Generator().manual_seed(1000 + config["seed"]))
+        kept = cut(labels, setting.shots, torch.Generator().manual_seed(1000 + config["seed"]))
         test = images.val
         if config["selection"]:
             kept, held = hold_out(kept, labels)
             test = pixels[held], labels[held]
         self.pixels, self.labels = pixels[kept].to(device), labels[kept].to(device)
         self.test = test[0].to(device), test[1].to(device)
-        pretrained = backbone == "pretrained"
-        self.model = load_backbone(weights) if pretrained else timm.create_model(backbone, num_classes=0)
-        self.model.train().to(device, memory_format=torch.channels_last)
+        batches = [resized(batch, self.resolution) for batch in self.pixels.split(256)]
+        self.model = build(setting, config["features"], weights, batches)
         self.classes = int(labels.max()) + 1
-        builder = METHODS[config["method"]][0]
-        self.head = builder(self.model.num_features, self.classes, **config["options"]).to(device)
+        self.head = build_head(config["method"], self.model.widths, self.classes, config["options"]).to(device)
         if config["start"] == "means":
-            features = self.features(self.pixels)
-            if isinstance(self.head, timm_faim.FAIMHead):
-                timm_faim.fit_(self.head, [(features, self.labels)])
-            else:
-                self.head.start_(features, self.labels)
+            self.head.start_(self.features(self.pixels), self.labels)
+        self.model.train()
         self.steps = min(max(400, 24 * len(kept) // BATCH), 900)
         self.step, self.order = 0, torch.empty(0, dtype=torch.long)
         self.optimizer = self._optimizer()
@@ -141,7 +121,7 @@ class Run:
         x = augment(self.pixels[self.index], self.parameters, self.resolution)
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             features = self.model(x)
-        loss = F.cross_entropy(self.head(features.float(), target), target, label_smoothing=self.config["smoothing"])
+        loss = self.head.loss(features.float(), target, self.config["smoothing"])
         loss.backward()
         self.optimizer.step()
         self.loss = loss.detach()
@@ -160,7 +140,7 @@ class Run:
 
     @torch.no_grad()
     def features(self, pixels: Tensor, view: int | None = None) -> Tensor:
-        """Features [N, D] of uint8 images in eval mode: centre crops, or the augmented view of this number."""
+        """Features [N, D] of uint8 images in eval mode: of whole images, or of the augmented view of this number."""
         self.model.eval()
         generator, rows = torch.Generator().manual_seed(1000 * (view or 0) + self.config["seed"] + 77), []
         for batch in pixels.split(512):
@@ -168,7 +148,7 @@ class Run:
                 drawn = draw_augmentation(len(batch), self.kind, generator).to(self.device)
                 x = augment(batch, drawn, self.resolution)
             else:
-                x = centre(batch, self.resolution)
+                x = resized(batch, self.resolution)
             with torch.autocast(self.device.type, torch.bfloat16):
                 rows.append(self.model(x).float())
         self.model.train()
@@ -176,23 +156,31 @@ class Run:
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
-        """Top-1 in per cent and ECE of the head, of the refit on the indicatrix and of its ablations."""
+        """Top-1 in per cent by name, and ECE of the head as trained and of FAIM's fixed refit."""
         if self.graph is not None:
             self.stream.synchronize()
         self.head.eval()
+        parts = list(self.model.widths)
         x, y = self.features(self.test[0]), self.test[1]
-        result = {**self.config, **percent("", self.head(x), y), "steps": self.steps, "loss": self.loss.item()}
-        crops = [self.features(self.pixels)]
-        crops += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
-        seen, labels = torch.cat(crops), self.labels.repeat(len(crops))
-        for name, full, lmbda in (("refit", True, 0.0), ("refit_beta", True, 0.3), ("refit_identity", False, 0.0)):
-            head = timm_faim.FAIMHead(x.shape[1], self.classes, lambda_init=lmbda, full_sigma=full).to(self.device)
-            timm_faim.fit_(head, [(seen, labels)], shrinkage=0.3 if full else 1.0)
-            result |= percent(name + "_", head.eval()(x), y)
-        result["seconds"] = round(time.time() - self.began, 1)
-        return result
+        found = {"trained": self.head(x)}
+        if len(parts) > 1:
+            found |= {f"trained {part}": logits for part, logits in self.head.logits(x).items()}
+        views = [self.features(self.pixels)]
+        views += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
+        seen, labels = self._by_part(torch.cat(views)), self.labels.repeat(len(views))
+        refitted = refits(seen, labels, self.classes, self._by_part(x))
+        found |= refitted | blends(found["trained"], refitted, parts)
+        refit = default_refit("FAIM", parts)
+        result = {
+            **self.config,
+            "top1": {name: 100 * (scores.argmax(1) == y).float().mean().item() for name, scores in found.items()},
+            "ece": {
+                "trained": 100 * measures(found["trained"], y)["ece"],
+                refit: 100 * measures(distance_logits(found[refit]), y)["ece"],
+            },
+        }
+        return result | {"steps": self.steps, "loss": self.loss.item(), "seconds": round(time.time() - self.began, 1)}
 
-
-def percent(prefix: str, logits: Tensor, target: Tensor) -> dict[str, float]:
-    """The measures in per cent, by prefixed name."""
-    return {prefix + name: 100 * value for name, value in measures(logits, target).items()}
+    def _by_part(self, x: Tensor) -> dict[str, Tensor]:
+        widths = self.model.widths
+        return dict(zip(widths, x.split(list(widths.values()), 1), strict=True))

@@ -26,9 +26,9 @@ class Images:
 
 
 def load_images(folder: Path, size: int, cache: Path) -> Images:
-    """Read ``folder/{train,val}/<class>/*`` (short side to ``size``, centre crop), or take it from the cache."""
+    """Read ``folder/{train,val}/<class>/*``, each image squashed to a square, or take it from the cache."""
     data_hash = hash_folder(folder)
-    file = cache / f"{data_hash[:16]}-{size}.pt"
+    file = cache / f"{data_hash[:16]}-{size}-whole.pt"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         splits = []
@@ -45,10 +45,7 @@ def load_images(folder: Path, size: int, cache: Path) -> Images:
 def _read(path: Path, size: int) -> np.ndarray:
     with Image.open(path) as file:
         image = file.convert("RGB")
-    ratio = size / min(image.size)
-    width, height = (max(size, round(side * ratio)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
@@ -83,11 +80,12 @@ def augment(images: Tensor, parameters: Tensor, resolution: int) -> Tensor:
     return ((x + 1.0) * parameters[:, 6, None, None, None] - 1.0).contiguous(memory_format=torch.channels_last)
 
 
-def centre(images: Tensor, resolution: int) -> Tensor:
-    """The middle of uint8 images [B, 3, S, S] as network inputs [B, 3, R, R] in [-1, 1]."""
-    offset = (images.shape[-1] - resolution) // 2
-    crop = images[..., offset : offset + resolution, offset : offset + resolution]
-    return (crop.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+def resized(images: Tensor, resolution: int) -> Tensor:
+    """Whole uint8 images [B, 3, S, S] as network inputs [B, 3, R, R] in [-1, 1]."""
+    x = images.float() / 127.5 - 1.0
+    if x.shape[-1] != resolution:
+        x = F.interpolate(x, (resolution, resolution), mode="bilinear", antialias=True)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def cut(labels: Tensor, shots: int, generator: torch.Generator) -> Tensor:

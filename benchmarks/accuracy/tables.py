@@ -1,5 +1,5 @@
-"""Markdown tables of the JSON lines of ``frozen.py`` and ``study.py``: means, and FAIM against its peers in paired
-differences.
+"""Markdown tables of the JSON lines of ``frozen.py`` and of ``results/finetune.jsonl``: means, and FAIM against its
+peers in paired differences. Those of ``study.py`` since: ``study_tables.py``.
 
     python benchmarks/accuracy/tables.py results/frozen.jsonl [--output results/frozen.md] [--command "…"]
 
@@ -71,7 +71,7 @@ def read(path: Path) -> dict[str, Runs]:
 
 
 def add_fine_tuning(runs: Runs, row: dict) -> None:
-    """A line of ``study.py``: the head as trained, and the same backbone under refits, as methods of their own."""
+    """A line of ``results/finetune.jsonl``: the head as trained, and its backbone under refits, as methods apart."""
     data, _, shots = row["setting"].partition("-")
     for name, prefix in () if row["selection"] else REFITS.items():
         values = {value: row[prefix + value] / 100.0 for value in ("top1", "ece")}
