@@ -174,8 +174,8 @@ def _cosine(kind: str, sub_centres: int = 1) -> Callable[..., nn.Module]:
 class Faim(FAIMHead):
     """Takes the target, as the peers do; in a model TargetMargin does this."""
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        logits = super().forward(x)
+    def forward(self, x: Tensor, target: Tensor | None = None, embeds: bool = False) -> Tensor:
+        logits = super().forward(x, embeds)
         if target is None or not self.training:
             return logits
         return subtract_margin(logits, target, self.gamma() * self.margin)

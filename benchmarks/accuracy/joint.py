@@ -6,19 +6,17 @@ Both have ``loss(x, target, smoothing)``, ``start_(x, y)``, ``forward(x)`` for l
 Shapes: B images, C classes, D features of all parts.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from heads import METHODS
-from refits import PartFit
+from heads import METHODS, Faim
+from refits import DEFAULT_WEIGHT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_faim
-from timm_faim.head.margin import subtract_margin
-from timm_faim.metric.low_rank import LowRankFrame
+from timm_faim.head.parts import part_cosines
 
 
 class PartHeads(nn.Module):
@@ -57,50 +55,25 @@ class PartHeads(nn.Module):
                 self.heads[part].start_(each, y)
 
 
-class ProductHead(nn.Module):
-    """FAIM on parts: √w_i ẑ_i side by side are one point of one sphere; d = sqrt(2 - 2 Σ w_i cos_i + ε), w_i alike.
+class ProductHead(Faim):
+    """The package's FAIM head on parts: one point of one sphere, of the refit's weights. ``start_`` fits it."""
 
-    ``start_`` fits centre and Σ of each part and its prototypes; Σ is then frozen.
-    """
-
-    def __init__(
-        self, widths: dict[str, int], num_classes: int, *, rank: int = 256, scale: float = 16.0, margin: float = 0.2
-    ) -> None:
-        super().__init__()
-        self.widths, self.margin = widths, margin
-        ranks = {part: D if D <= 2048 else rank for part, D in widths.items()}
-        self.frames = nn.ModuleDict({part: LowRankFrame(D, ranks[part]) for part, D in widths.items()})
-        self.mu = nn.ParameterDict({p: torch.randn(num_classes, D) / math.sqrt(D) for p, D in widths.items()})
-        self.scale = nn.Parameter(torch.full((1,), scale))
-
-    _split = PartHeads._split
-
-    def _cosines(self, x: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            return {
-                part: F.normalize(self.frames[part](each), dim=1) @ F.normalize(self.mu[part], dim=1).t()
-                for part, each in self._split(x).items()
-            }
-
-    def _scaled(self, cosine_BC: Tensor) -> Tensor:
-        return -self.scale.abs() * (2.0 + 1e-6 - 2.0 * cosine_BC).clamp_min(1e-7).sqrt()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._scaled(torch.stack(list(self._cosines(x).values())).mean(0))
+    def __init__(self, widths: dict[str, int], num_classes: int, *, scale: float = 16.0, margin: float = 0.2) -> None:
+        weights = (1.0 - DEFAULT_WEIGHT, DEFAULT_WEIGHT)
+        options = {"scale_init": scale, "margin": margin, "parts": list(widths.values()), "part_weights": weights}
+        super().__init__(sum(widths.values()), num_classes, **options)
+        self.names = list(widths)
 
     def logits(self, x: Tensor) -> dict[str, Tensor]:
-        return {part: self._scaled(cosine_BC) for part, cosine_BC in self._cosines(x).items()}
+        """By part."""
+        scaled = [-self.gamma() * (2.0 + 1e-6 - 2.0 * each).clamp_min(1e-7).sqrt() for each in part_cosines(self, x)]
+        return dict(zip(self.names, scaled, strict=True))
 
     def loss(self, x: Tensor, target: Tensor, smoothing: float) -> Tensor:
-        logits = subtract_margin(self(x), target, self.scale.abs() * self.margin)
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return F.cross_entropy(self(x, target), target, label_smoothing=smoothing)
 
-    @torch.no_grad()
     def start_(self, x: Tensor, y: Tensor) -> None:
-        for part, each in self._split(x).items():
-            fit = PartFit(each, y, len(self.mu[part]), self.frames[part].rank)
-            self.frames[part].load_state_dict(fit.frame.state_dict())
-            self.mu[part].copy_(F.normalize(fit.frame(fit.means_CD), dim=1))
+        timm_faim.fit_(self, [(x, y)])
 
 
 def build_head(method: str, widths: dict[str, int], num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -33,8 +33,8 @@ class PartFit:
             residuals = torch.linalg.qr(residuals.double(), mode="r").R
         scatter = RowScatter(D, min(3 * rank, WIDE), x.device)
         scatter.add(residuals)
-        scatter.degrees = max(len(y) - num_classes, 1)
-        self.frame = LowRankFrame(D, rank, device=x.device).set_(self.centre_D, scatter, SHRINKAGE)
+        degrees = max(len(y) - num_classes, 1)
+        self.frame = LowRankFrame(D, rank, device=x.device).set_(self.centre_D, scatter, SHRINKAGE, degrees)
 
     def scores(self, kind: str, x: Tensor) -> Tensor:
         """[B, C]: cosines, or discriminants divided by the mean square of the class means, which is of their size."""

@@ -102,18 +102,30 @@ def block_places(arch: str, arguments: Mapping[str, Any]) -> list[Place]:
         arch: timm's name.
         arguments: what the model is to be made with (``img_size``, ``in_chans``, ...).
     """
-    arguments = {key: value for key, value in arguments.items() if key not in _OF_NO_PLACE}
-    with torch.device("meta"):
-        model = model_entrypoint(arch)(pretrained=False, **arguments).eval()
-    calls = {name: _Calls(block) for name, block in _candidates(model).items()}
-    with torch.no_grad():
-        model(torch.zeros(2, *get_model_input_config(model)["input_size"], device="meta"))
+    model = meta_copy(arch, arguments)
+    calls = {name: _Calls(block) for name, block in candidates(model).items()}
+    meta_pass(model)
     default = 1 if str(getattr(model, "output_fmt", "NCHW")) == "NCHW" else 3
     places = (seen.place(name, default) for name, seen in calls.items())
     return [place for place in places if place is not None]
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+def meta_copy(arch: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model of an architecture on the meta device, in eval mode; arguments that move no block are left out."""
+    arguments = {key: value for key, value in arguments.items() if key not in _OF_NO_PLACE}
+    with torch.device("meta"):
+        return model_entrypoint(arch)(pretrained=False, **arguments).eval()
+
+
+def meta_pass(model: nn.Module) -> tuple[int, int, int]:
+    """A forward pass of two images without arithmetic, for the hooks; the images' shape."""
+    shape = get_model_input_config(model)["input_size"]
+    with torch.no_grad():
+        model(torch.zeros(2, *shape, device="meta"))
+    return shape
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks of a model by name: what the patterns of its ``group_matcher`` name; of stages, their blocks."""
     named: dict[str, nn.Module] = {}
     for root in _matched_names(model) or (name for name, _ in model.named_children()):

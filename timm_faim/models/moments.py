@@ -119,11 +119,11 @@ def _named_by_itself(tracer: Any) -> Iterator[None]:
 class _Keep:
     """The hook of a stage."""
 
-    def __init__(self, branch: MomentsBranch, index: int) -> None:
-        self.branch, self.index = branch, index
+    def __init__(self, branch: MomentsBranch, index: int, item: int) -> None:
+        self.branch, self.index, self.item = branch, index, item
 
-    def __call__(self, stage: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.branch.keep(self.index, output)
+    def __call__(self, stage: nn.Module, inputs: tuple, output: Any) -> None:
+        self.branch.keep(self.index, output if self.item < 0 else output[self.item])
 
 
 class _Join:
@@ -156,7 +156,7 @@ def add_branch(model: nn.Module, stages: Sequence["Stage"], components: int) -> 
     branch = MomentsBranch(stages, components, device=like.device, dtype=like.dtype)
     setattr(model, NAME, branch.train(model.training))
     for index, stage in enumerate(stages):
-        model.get_submodule(stage.name).register_forward_hook(_Keep(branch, index))
+        model.get_submodule(stage.name).register_forward_hook(_Keep(branch, index, stage.item))
 
 
 def connect_heads(model: nn.Module) -> None:
