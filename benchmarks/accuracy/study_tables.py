@@ -180,7 +180,8 @@ def ablation(records: list[dict]) -> list[str]:
     for (factor, value), each in found.items():
         got = [each[cell] for cell in cells if cell in each]
         texts = [" / ".join(f"{v:.1f}" for v in each[cell]) if cell in each else "" for cell in cells]
-        average = " / ".join(f"{mean(v):.2f}" for v in zip(*got, strict=True))
+        complete = len(got) == len(cells)  # a mean of fewer would not compare
+        average = " / ".join(f"{mean(v):.2f}" for v in zip(*got, strict=True)) if complete else ""
         lines.append(f"| {factor} | {value} | {' | '.join(texts)} | {average} |")
     return lines
 
