@@ -1,7 +1,7 @@
 """Where in a timm model the map is whose second moments a head reads.
 
 Networks whose resolution falls have it at stride 16, at the end of that stage; those of one resolution two thirds of
-the way up. The blocks are those of :mod:`.blocks`, seen on a copy of the model on the meta device. The stage is a block,
+the way up. The blocks are those of :mod:`.blocks`, on a copy of the model on the meta device. The stage is a block,
 never the row of blocks around it, which gradient checkpointing does not call.
 """
 
