@@ -22,6 +22,7 @@ FORMS = {
     "founding": dict(preset="founding"),
     "randers": dict(learn_metric=True, lambda_init=0.1, symmetric=False),
     "blocks": dict(blocks=1),
+    "moments": dict(moments=dict(components=6)),
 }
 # architecture: what it is made with to be small; images have 32 pixels
 ARCHITECTURES: dict[str, dict[str, Any]] = {
