@@ -13,6 +13,7 @@ from timm_faim.metric import (
     absolute,
     checked_count,
     checked_number,
+    checked_parts,
     cosine_logits,
     traced_call,
     unit_vectors,
@@ -20,7 +21,6 @@ from timm_faim.metric import (
 )
 
 from .legacy import log_of_identity, modernise
-from .parts import checked_parts
 
 SPACES = ("indicatrix", "sphere", "flat")
 _INITS = ("scaled", "seed")
