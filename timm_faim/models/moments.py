@@ -75,8 +75,8 @@ class MomentsBranch(nn.ModuleList):
             ValueError: no forward pass through the stages, or one of other images, came before.
         """
         vectors = self._of(list(maps)) if maps else self._of_this_pass()
-        if any(len(v) != len(x) for v in vectors):
-            raise ValueError(f"features of {len(x)} images and maps of {len(vectors[0])}; call the whole model")
+        if any(v.shape[0] != x.shape[0] for v in vectors):  # no len(), which tracers take for a constant
+            raise ValueError(f"features of {x.shape[0]} images and maps of {vectors[0].shape[0]}; call the whole model")
         if x.dim() == 4 and x.shape[2:] == (1, 1):  # before a 1×1 convolution
             return torch.cat([x, *(v.to(x.device)[:, :, None, None] for v in vectors)], 1)
         places = [x.shape[0], *[1] * (x.dim() - 2), -1]
