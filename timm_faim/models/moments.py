@@ -54,6 +54,7 @@ class MomentsBranch(nn.ModuleList):
         )  # fmt: skip
         self.stages = list(stages)
         self.heads = 0  # that read; without any, maps are not kept
+        self.pooled: list[int] = []  # widths of their pooled features
         self._maps: dict[int, Tensor] = {}
         self._vectors: list[Tensor] = []
         self._reads = 0
@@ -90,10 +91,11 @@ class MomentsBranch(nn.ModuleList):
             ValueError: no forward pass through the stages, or one of other images, came before.
         """
         vectors = self._of(list(maps)) if maps else self._of_this_pass()
-        if any(v.shape[0] != x.shape[0] for v in vectors):  # len() would fix the batch size of an export
+        if any(v.shape[0] != x.shape[0] for v in vectors):  # no len(), which tracers take for a constant
             raise ValueError(f"features of {x.shape[0]} images and maps of {vectors[0].shape[0]}; call the whole model")
-        if x.dim() == 4 and x.shape[2:] == (1, 1):  # before a 1×1 convolution
-            return torch.cat([x, *(v.to(x.device)[:, :, None, None] for v in vectors)], 1)
+        if x.dim() == 4 and x.shape[3] not in self.pooled:  # before a 1×1 convolution
+            planes = [v.to(x.device)[:, :, None, None].expand(-1, -1, *x.shape[2:]) for v in vectors]
+            return torch.cat([x, *planes], 1)
         places = [x.shape[0], *[1] * (x.dim() - 2), -1]
         rows = [v.to(x.device).reshape(places).expand(*x.shape[:-1], v.shape[-1]) for v in vectors]
         return torch.cat([x, *rows], -1)
@@ -116,6 +118,10 @@ class MomentsBranch(nn.ModuleList):
         maps = [self._maps[i] for i in sorted(self._maps)]
         self._maps.clear()
         return maps
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError("a model with second moments does not script, as hooks hand its maps on; trace it "
+                                  "(torch.jit.trace), export it (torch.export) or compile it")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is left of a forward pass: it may be part of a graph, which no copy can be."""
@@ -178,7 +184,7 @@ def connect_heads(model: nn.Module) -> None:
     """Have the heads of a model read its branch, if it has one."""
     branch, heads = branch_of(model), faim_heads(model).values()
     if branch is not None:
-        branch.heads = len(heads)
+        branch.heads, branch.pooled = len(heads), [head.parts[0] for head in heads]
         for head in heads:
             if not any(isinstance(hook, _Join) for hook in head._forward_pre_hooks.values()):
                 head.register_forward_pre_hook(_Join(branch))
