@@ -13,6 +13,7 @@ from timm_faim.metric import (
     absolute,
     checked_count,
     checked_number,
+    checked_parts,
     cosine_logits,
     is_filled,
     traced_call,
@@ -21,7 +22,6 @@ from timm_faim.metric import (
 )
 
 from .legacy import log_of_identity, modernise
-from .parts import checked_parts
 
 SPACES = ("indicatrix", "sphere", "flat")
 _INITS = ("scaled", "seed")
@@ -243,9 +243,11 @@ class FAIMHead(FillsMissing, nn.Module):
         if self.part_weights is None:
             return self._in_first_frame(x)
         pieces = x.split(self.parts, -1)
-        points = [unit_vectors(self._in_first_frame(pieces[0])) * self.part_weights[0].sqrt()]
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.part_weights.dtype), torch.float32)
+        roots = self.part_weights.to(wide).sqrt()
+        points = [unit_vectors(self._in_first_frame(pieces[0])) * roots[0]]
         for i, frame in enumerate(self.frames):
-            points.append(unit_vectors(frame(pieces[i + 1])) * self.part_weights[i + 1].sqrt())
+            points.append(unit_vectors(frame(pieces[i + 1])) * roots[i + 1])
         return torch.cat(points, -1)
 
     def _in_first_frame(self, x: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ def gathered(parameter: Tensor) -> Tensor:
     return whole
 
 
+def gathered_gamma(head: FAIMHead) -> Tensor:
+    """The head's effective γ [1], whole where it is sharded."""
+    return absolute(gathered(head.scale))
+
+
 class TargetMargin(nn.Module):
     """A criterion(output, target) that first widens the target's distance by each head's ``margin``.
 
@@ -78,7 +83,7 @@ class TargetMargin(nn.Module):
         """Loss of logits [B, C] (or a tuple of them) against class indices [B] or soft targets [B, C]."""
         heads = [head for head in self._heads if head.training]
         if heads:
-            amounts = [absolute(gathered(head.scale)) * head.margin for head in heads]
+            amounts = [gathered_gamma(head) * head.margin for head in heads]
             mean = torch.stack(amounts).mean(0)
             if isinstance(output, (tuple, list)):
                 if len(output) != len(amounts):

@@ -31,8 +31,11 @@ def to_linear(head: FAIMHead, features: Tensor | None = None) -> nn.Linear:
         ``nn.Linear(D, C)`` on the head's device, in its dtype.
 
     Raises:
-        ValueError: λ ≠ 0; features that are not finite or of another width.
+        ValueError: λ ≠ 0; a head of several parts; features that are not finite or of another width.
     """
+    if len(head.parts) > 1:
+        raise ValueError(f"a head of {len(head.parts)} parts divides each by its own length, which no linear layer "
+                         "does; use FoldedHead, which has the exact logits")  # fmt: skip
     lmbda = head.metric.lmbda.abs().item()
     if lmbda != 0.0:
         raise ValueError(

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from timm_faim.head import FAIMHead
-from timm_faim.head.margin import gathered, subtract_margin
-from timm_faim.metric import absolute
+from timm_faim.head.margin import gathered_gamma, subtract_margin
 
 from .base import check_labels, check_positive
 
@@ -87,7 +86,7 @@ class FAIMMarginLoss(nn.Module):
                 raise ValueError(f"label {int(labels[wrong][0])} is out of range for {self.head.num_classes} classes")
         logits = self.head(embeddings)
         margins = self.margins.to(logits.device)[labels.clamp_min(0)]
-        logits = subtract_margin(logits, labels, absolute(gathered(self.head.scale)) * margins)
+        logits = subtract_margin(logits, labels, gathered_gamma(self.head) * margins)
         losses = cross_entropy(logits, labels.long(), reduction="none")
         if self.reducer is None:
             return losses.sum() / (labels != IGNORED).sum().clamp_min(1)

@@ -1,6 +1,6 @@
 """The FAIM metric: a Finsler (Minkowski) norm with parameters, and distances under it."""
 
-from .checks import checked_count, checked_number
+from .checks import checked_count, checked_number, checked_parts
 from .cosine import cosine_logits
 from .functional import unit_vectors
 from .hosts import FillsMissing, is_filled, traced_call
@@ -16,6 +16,7 @@ __all__ = [
     "absolute",
     "checked_count",
     "checked_number",
+    "checked_parts",
     "cosine_logits",
     "is_filled",
     "traced_call",

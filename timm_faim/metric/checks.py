@@ -1,6 +1,7 @@
 """Numbers that a person gives: each has a kind and a range, and one error that names both."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 
@@ -34,3 +35,19 @@ def checked_number(
     if not (math.isfinite(value) and (value > least or (value == least and not above)) and value <= (most or math.inf)):
         raise ValueError(f"{name} must be {wanted}, got {value}{hint}")
     return float(value)
+
+
+def checked_parts(in_features: int, parts: Sequence[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Widths of the parts, [in_features] where none are given, and their weights, of sum 1.
+
+    Raises:
+        TypeError, ValueError: widths whose sum is not ``in_features``, or weights that do not go with them.
+    """
+    widths = [checked_count("a width in parts", width) for width in parts] or [in_features]
+    if sum(widths) != in_features:
+        raise ValueError(f"parts={widths} have {sum(widths)} features together, and in_features is {in_features}")
+    values = [checked_number("a weight in part_weights", weight) for weight in weights] or [1.0] * len(widths)
+    if len(values) != len(widths) or not 0 < math.fsum(values) < math.inf:
+        raise ValueError(f"part_weights must be one number >= 0 for each of the {len(widths)} parts and not all 0, got "
+                         f"{values}")  # fmt: skip
+    return widths, [value / math.fsum(values) for value in values]

@@ -32,12 +32,17 @@ class Frame(NamedTuple):  # a tuple: hooks of modules look for tensors in it
 def orthonormal_frame(
     sigma_D: Tensor | None, tril_DD: Tensor | None, beta_D: Tensor, lmbda: Tensor, eps: float
 ) -> Frame:
-    """The frame of Σ = diag(sigma) or T T' + ε I, factored in float64: T T' squares the condition number."""
+    """The frame of Σ = diag(sigma) or T T' + ε I."""
     if sigma_D is not None:
         root_D = sigma_D.sqrt()
         return Frame(root_D, None, beta_D / root_D, lmbda)
+    factor_DD, one_form_D = whitened_one_form(tril_DD, beta_D, eps)
+    return Frame(None, factor_DD.to(beta_D.dtype), one_form_D.to(beta_D.dtype), lmbda)
+
+
+def whitened_one_form(tril_DD: Tensor, beta_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The factor K of T T' + ε I = K K' and K⁻¹β, in float64: T T' squares the condition number of T."""
     wide = tril_DD.double()
     ridge = eps * torch.eye(len(wide), device=wide.device, dtype=wide.dtype)
     factor_DD = torch.linalg.cholesky_ex(wide @ wide.t() + ridge)[0]  # unchecked: a NaN must reach the loss
-    one_form_D = torch.linalg.solve_triangular(factor_DD, beta_D.double().unsqueeze(1), upper=False).squeeze(1)
-    return Frame(None, factor_DD.to(beta_D.dtype), one_form_D.to(beta_D.dtype), lmbda)
+    return factor_DD, torch.linalg.solve_triangular(factor_DD, beta_D.double().unsqueeze(1), upper=False).squeeze(1)

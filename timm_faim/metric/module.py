@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .checks import checked_count, checked_number
-from .frame import orthonormal_frame
+from .frame import orthonormal_frame, whitened_one_form
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
 from .hosts import FillsMissing
@@ -189,13 +189,7 @@ class FAIMMetric(FillsMissing, nn.Module):
             dual = (beta * beta / sigma).sum()
         else:
             assert tril is not None
-            # float64: T T' + ε I squares the condition number of T
-            wide = tril.double()
-            eye = torch.eye(self.in_features, device=wide.device, dtype=wide.dtype)
-            # unchecked: after a NaN step the NaN must reach the loss, where training looks for it
-            factor = torch.linalg.cholesky_ex(wide @ wide.t() + self.eps * eye)[0]
-            half = torch.linalg.solve_triangular(factor, beta.double().unsqueeze(1), upper=False)
-            dual = half.square().sum().to(beta.dtype)
+            dual = whitened_one_form(tril, beta, self.eps)[1].square().sum().to(beta.dtype)
         return self._randers_limit * torch.rsqrt(1.0 + lmbda * lmbda * dual)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,8 @@ looks at a head's input sees the whole.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,25 @@ from timm_faim.head import FAIMHead, faim_heads
 from timm_faim.metric import traced_call
 from timm_faim.moments import Moments
 
-if TYPE_CHECKING:
-    from .stages import Stage
-
 NAME = "faim_moments"  # of the branch in a model
 COMPONENTS = 112  # at most, where the options say nothing: more gains little
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module whose output is a map.
+
+    ``channels_last``: [B, H, W, c], else [B, c, H, W]; tokens are [B, N, c] in either case. ``prefix``: leading tokens
+    that are no positions. ``item``: which of several outputs it is; -1 where there is one. ``positions``: N of the
+    model's own input size.
+    """
+
+    name: str
+    channels: int
+    channels_last: bool
+    prefix: int
+    item: int
+    positions: int
 
 
 class MomentsBranch(nn.ModuleList):
@@ -32,7 +47,7 @@ class MomentsBranch(nn.ModuleList):
         components: d of each; 0 takes all channels, at most 112.
     """
 
-    def __init__(self, stages: Sequence["Stage"], components: int = 0, **factory: Any) -> None:
+    def __init__(self, stages: Sequence[Stage], components: int = 0, **factory: Any) -> None:
         super().__init__(
             Moments(stage.channels, components or min(stage.channels, COMPONENTS), channels_last=stage.channels_last,
                     prefix=stage.prefix, **factory) for stage in stages
@@ -156,7 +171,7 @@ def branch_of(model: nn.Module) -> MomentsBranch | None:
     return getattr(model, NAME, None)
 
 
-def add_branch(model: nn.Module, stages: Sequence["Stage"], components: int) -> None:
+def add_branch(model: nn.Module, stages: Sequence[Stage], components: int) -> None:
     """Give a model a branch, in place, that its heads read once they are there (:func:`connect_heads`).
 
     Args:

@@ -7,32 +7,15 @@ never the row of blocks around it, which gradient checkpointing does not call.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .blocks import candidates, meta_copy, meta_pass
 from .config import PREFIX, nearest
+from .moments import Stage
 
 STRIDE = 16
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A module whose output is a map.
-
-    ``channels_last``: [B, H, W, c], else [B, c, H, W]; tokens are [B, N, c] in either case. ``prefix``: leading tokens
-    that are no positions. ``item``: which of several outputs it is; -1 where there is one. ``positions``: N of the
-    model's own input size.
-    """
-
-    name: str
-    channels: int
-    channels_last: bool
-    prefix: int
-    item: int
-    positions: int
 
 
 def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = None) -> Stage:

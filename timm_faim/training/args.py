@@ -188,7 +188,7 @@ def _recipe_words(parser: Parser, path: Path, skip: Sequence[str] = ()) -> list[
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{key} in {path} must be true or false, got {value!r}")
-            off = [f"--no-{key.replace('_', '-')}"] if isinstance(action, Flag) else []
+            off = [flag.replace("--", "--no-", 1)] if isinstance(action, Flag) else []
             words += [flag] if value else off
         elif isinstance(value, dict):
             words += [flag, *(_value_word(key, f"{k}={v!r}", path) for k, v in value.items())]
