@@ -1,19 +1,21 @@
-"""Runs of models that read second moments: the start in closed form, what else may be asked for, resuming, processes."""
+"""Runs of models with second moments: the start in closed form, what else may be asked for, resuming, processes."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 from children import Launch, in_group
-from runs import TINY, make_images, read_summary, train, train_tiny
+from runs import TINY, make_images, options_of, read_summary, train, train_tiny
 from safetensors.torch import load_file
 from test_train_faults import same_run
 from test_train_fsdp import needs_fsdp_on_cpu
 from test_train_run import evaluate_run
 
-from timm_faim import TargetMargin, faim_heads, fit_
-from timm_faim.models.moments import branch_of
+from timm_faim import FAIMHead, TargetMargin, fit_
+from timm_faim.metric import unit_vectors
+from timm_faim.report.distances import HeadDistances
 from timm_faim.run.errors import UserError
 from timm_faim.training.fits import starts_from_data
 
@@ -79,3 +81,143 @@ def test_what_else_a_run_may_ask_for(images, tmp_path, model, argv):
     model, metrics = evaluate_run(run, images)
     best = max(read_summary(run), key=lambda row: float(row["eval_top1"]))
     assert metrics["loss"] == pytest.approx(float(best["eval_loss"]), rel=1e-4)
+
+
+def command(images, output, *argv):
+    words = ["--data-dir", images, "--output", output, "--experiment", "run", "--model", "faim_test_resnet", *TINY]
+    return [*words, "-b", "2", *MOMENTS, "--recovery-interval", "0", "--resume", "auto", *argv]
+
+
+def test_a_run_of_no_epochs_and_then_more_is_the_whole_run(run, images, tmp_path):
+    train_tiny(images, tmp_path, *MOMENTS, "--head-init", "data", "--epochs", "0")
+    same_run(train_tiny(images, tmp_path, *MOMENTS, "--resume", "auto"), run)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_goes_on_to_the_same_bits(images, tmp_path, processes):
+    whole = Launch(command(images, tmp_path / "whole"), tmp_path / "whole.log", processes)
+    assert whole.wait() == [0] * processes, whole.text()
+    launch = Launch(command(images, tmp_path), tmp_path / "log", processes)
+    launch.wait_for("run folder")
+    launch.children[-1].terminate()
+    assert launch.wait() == [0] * processes and "asked to stop" in launch.text(), launch.text()
+    launch = Launch(command(images, tmp_path), tmp_path / "log", processes)
+    assert launch.wait() == [0] * processes and "resuming from" in launch.text(), launch.text()
+    same_run(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def test_images_of_several_labels_are_refused():
+    options = options_of("--multi-label", "--dataset", "hfds/a", "--model", "faim_test_vit")
+    with pytest.raises(UserError, match="moments does not go with --multi-label"):
+        starts_from_data(options, build())
+    assert not starts_from_data(options, fit_(build(), [batch(10)]))
+
+
+def test_the_report_says_what_each_part_says_alone(run):
+    page = (run / "report.html").read_text()
+    assert "moments of layer3.0" in page and "7 validation images" in page
+    rows = re.findall(r"<tr><td>(pooled features|moments of layer3.0|together)</td><td>(\d+)</td><td>([^<]+)", page)
+    assert rows == [
+        ("pooled features", "256", "0.25"),
+        ("moments of layer3.0", "28", "0.75"),
+        ("together", "284", "1.00"),
+    ]
+
+
+def test_shares_of_parts_are_those_of_their_nearest_prototypes():
+    head = FAIMHead(10, 4, parts=(7, 3), part_weights=(0.2, 0.8)).double()
+    with torch.no_grad():
+        head.mu.normal_()
+    x, target = torch.randn(50, 10, dtype=torch.float64), torch.arange(50) % 4
+    right = HeadDistances(head).parts_right(head.embed(x), target)
+    for got, part in zip(right, (slice(0, 7), slice(7, 10)), strict=False):
+        nearest = torch.cdist(unit_vectors(x[:, part]), unit_vectors(head.mu[:, part])).argmin(1)
+        assert got == pytest.approx(100 * (nearest == target).double().mean())
+    assert right[2] == pytest.approx(100 * (head(x).argmax(1) == target).double().mean())
+
+
+def test_a_run_is_evaluated_packed_and_searched(run, images, tmp_path, monkeypatch):
+    train("--data-dir", images, "--output", tmp_path, "--experiment", "again", "--eval-only", *TINY, "--model",
+          f"local-dir:{run}")  # fmt: skip
+    metrics, before = (json.loads((path / "eval" / "metrics.json").read_text()) for path in (tmp_path / "again", run))
+    assert metrics["loss"] == pytest.approx(before["loss"], rel=1e-6) and metrics["top1"] == before["top1"]
+
+
+def build(arch="test_vit", **options):
+    torch.manual_seed(0)
+    options = {"img_size": 32} if arch == "test_vit" else {}
+    return timm.create_model(f"faim_{arch}", num_classes=5, faim_cfg={"moments": {"components": 6}}, **options).eval()
+
+
+def batch(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5
+
+
+def gradients(model, images, target):
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(images), target).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
+def test_recomputed_activations_leave_the_gradients(arch):
+    """The hooks of the stages run again in the backward pass."""
+    model = fit_(build(arch), [batch(10)])
+    wanted = gradients(model, *batch(4, 2))
+    model.set_grad_checkpointing(True)
+    got = gradients(model, *batch(4, 2))
+    assert got.keys() == wanted.keys() and "faim_moments.0.projection" in got
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient)
+
+
+def fits_agree():
+    """Two processes with half of the images each, and with all of them, beside one with all of them."""
+    batches, rank = [batch(10, seed) for seed in range(4)], torch.distributed.get_rank()
+    by_halves, by_all = (fit_(build(), mine).state_dict() for mine in (batches[rank::2], batches))
+    torch.distributed.barrier()
+    for state in (by_halves, by_all):
+        found = [None, None]
+        torch.distributed.all_gather_object(found, state)
+        assert all(torch.equal(value, found[1 - rank][key]) for key, value in state.items())
+    torch.distributed.is_initialized, is_initialized = lambda: False, torch.distributed.is_initialized
+    alone = fit_(build(), batches).eval()
+    torch.distributed.is_initialized = is_initialized
+    x, other = batch(10, 9)[0], build()
+    for state in (by_halves, by_all):
+        other.load_state_dict(state)
+        for name in ("faim_moments.0.mean", "faim_moments.0.offset", "head.center", "head.whiten"):
+            torch.testing.assert_close(state[name], alone.state_dict()[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other(x), alone(x), rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_fit_what_one_fits():
+    in_group(fits_agree)
+
+
+def sharded_gradients_are_those_of_one_process():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, sharded = (fit_(build(), [batch(10)]) for _ in range(2))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    images, target = batch(8, 2)
+    TargetMargin(torch.nn.CrossEntropyLoss(), whole.train())(whole(images), target).backward()
+    rank = torch.distributed.get_rank()
+    mine = slice(4 * rank, 4 * rank + 4)
+    TargetMargin(torch.nn.CrossEntropyLoss(), sharded.train())(sharded(images[mine]), target[mine]).backward()
+    for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        if a.grad is None:
+            assert not a.requires_grad and b.grad is None, name
+            continue
+        difference = (b.grad.full_tensor() - a.grad).abs().max()
+        assert difference <= 1e-3 * a.grad.abs().max(), name
+
+
+@needs_fsdp_on_cpu
+def test_gradients_of_a_sharded_model():
+    in_group(sharded_gradients_are_those_of_one_process)

@@ -294,10 +294,16 @@ def test_a_metric_that_blocks_share_is_no_part_of_a_replica():
         replicas(Case("test_vit", "shared"))
 
 
+def test_copies_of_data_parallel_say_that_moments_do_not_work_in_them():
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replicas(Case("test_resnet", "moments"))
+
+
 HABITS = listed(globals(), __name__)
+LIMITS = {("replicas", "moments"): "hooks of a copy are those of the model itself"}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("habit", "case"), cases(HABITS))
 def test_habit(habit, case):
-    parity(habit, case, {})
+    parity(habit, case, LIMITS)

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from habits import CLASSES, FORMS, cases, close, heads, listed, parity, step
+from habits import CLASSES, FORMS, Case, cases, close, heads, listed, parity, step
 from timm.models import FeatureGraphNet, GraphExtractNet
 from torch import nn
 
@@ -215,8 +215,14 @@ def widths_of_the_classifier(case):
         assert getattr(head, names[1]) == CLASSES and getattr(head, names[0]) > CLASSES
 
 
+def test_scripting_a_model_with_moments_says_what_to_do_instead():
+    with pytest.raises(AttributeError, match="use torch.export"):
+        made_scriptable(Case("test_resnet", "moments"))
+
+
 HABITS = listed(globals(), __name__)
 LIMITS = {
+    ("made_scriptable", "moments"): "TorchScript has no hooks",
     ("made_scriptable", "blocks"): "TorchScript has no type for a chart, which goes both ways",
     ("features_only_by_graph", "blocks"): "the graph is traced before blocks are put in",
     **{("classifier_by_the_name_of_its_weight", form): "its weights are called mu" for form in FORMS},

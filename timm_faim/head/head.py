@@ -15,6 +15,7 @@ from timm_faim.metric import (
     checked_number,
     checked_parts,
     cosine_logits,
+    is_filled,
     traced_call,
     unit_vectors,
     without_autocast,
@@ -159,7 +160,7 @@ class FAIMHead(FillsMissing, nn.Module):
             nn.init.eye_(self.whiten) if self.full_sigma else nn.init.ones_(self.whiten)
         for frame in self.frames:
             frame.reset_parameters()
-        if self.part_weights is not None:
+        if self.part_weights is not None and not is_filled(self.part_weights):  # nn.init sees views of it alone
             for i, weight in enumerate(self.weights_init):
                 nn.init.constant_(self.part_weights[i], weight)
         # Prototypes of the features' own scale: with a smaller μ all distances are alike and learning is slow. On a

@@ -15,5 +15,11 @@ from .head import FAIMHead
 def part_cosines(head: FAIMHead, x_ND: Tensor) -> Tensor:
     """The cosine of each part's point with each prototype's [P, N, C]; Σ w_i cos_i is that of the whole where the
     prototypes' parts are as long as the weights say."""
-    z, mu = (unit.split(head.parts, -1) for unit in (head.embed(x_ND), head.mu))
+    return point_cosines(head, head.embed(x_ND))
+
+
+@torch.no_grad()
+def point_cosines(head: "FAIMHead", z_ND: Tensor) -> Tensor:
+    """:func:`part_cosines` [P, N, C] of features that are points already, as ``head.embed`` gives them."""
+    z, mu = (unit.split(head.parts, -1) for unit in (z_ND, head.mu))
     return torch.stack([unit_vectors(a) @ unit_vectors(b).to(a).t() for a, b in zip(z, mu, strict=True)])

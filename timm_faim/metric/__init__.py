@@ -3,7 +3,7 @@
 from .checks import checked_count, checked_number, checked_parts
 from .cosine import cosine_logits
 from .functional import unit_vectors
-from .hosts import FillsMissing, traced_call
+from .hosts import FillsMissing, is_filled, traced_call
 from .low_rank import LowRankFrame, RowScatter
 from .module import FAIMMetric, absolute, faim_distance
 from .precision import without_autocast
@@ -18,6 +18,7 @@ __all__ = [
     "checked_number",
     "checked_parts",
     "cosine_logits",
+    "is_filled",
     "traced_call",
     "faim_distance",
     "unit_vectors",

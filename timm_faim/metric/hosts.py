@@ -16,6 +16,11 @@ def traced_call(module: nn.Module, x: Any, *args: Any) -> Any:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *args), {})
 
 
+def is_filled(parameter: nn.Parameter) -> bool:
+    """Whether transformers has filled a parameter from a checkpoint, and keeps ``nn.init`` away from it."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
 class FillsMissing:
     """A module whose ``reset_parameters`` transformers calls for what a checkpoint lacks."""
 

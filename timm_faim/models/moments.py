@@ -93,11 +93,13 @@ class MomentsBranch(nn.ModuleList):
         vectors = self._of(list(maps)) if maps else self._of_this_pass()
         if any(v.shape[0] != x.shape[0] for v in vectors):  # no len(), which tracers take for a constant
             raise ValueError(f"features of {x.shape[0]} images and maps of {vectors[0].shape[0]}; call the whole model")
+        # a model in half precision gives logits in it
+        dtype = torch.promote_types(x.dtype, self[0].projection.dtype)
+        vectors = [v.to(x.device, dtype) for v in vectors]
         if x.dim() == 4 and x.shape[3] not in self.pooled:  # before a 1×1 convolution
-            planes = [v.to(x.device)[:, :, None, None].expand(-1, -1, *x.shape[2:]) for v in vectors]
-            return torch.cat([x, *planes], 1)
-        places = [x.shape[0], *[1] * (x.dim() - 2), -1]
-        rows = [v.to(x.device).reshape(places).expand(*x.shape[:-1], v.shape[-1]) for v in vectors]
+            return torch.cat([x, *(v[:, :, None, None].expand(-1, -1, *x.shape[2:]) for v in vectors)], 1)
+        places = [x.shape[0], *[1] * (x.dim() - 2)]
+        rows = [v.reshape(*places, v.shape[-1]).expand(*x.shape[:-1], v.shape[-1]) for v in vectors]
         return torch.cat([x, *rows], -1)
 
     def _of(self, maps: list[Tensor]) -> list[Tensor]:
@@ -137,17 +139,29 @@ def _named_by_itself(tracer: Any) -> Iterator[None]:
     tracer.current_module_qualname = before
 
 
-class _Keep:
+class _Hook:
+    """An object, so that it goes with copies of the model."""
+
+    @property
+    def __name__(self) -> str:
+        """What TorchScript asks of a hook first."""
+        raise AttributeError("torch.jit.script cannot read the hooks of a model with moments; use torch.export, "
+                             "torch.onnx.export(dynamo=True) or torch.jit.trace")  # fmt: skip
+
+
+class _Keep(_Hook):
     """The hook of a stage."""
 
     def __init__(self, branch: MomentsBranch, index: int, item: int) -> None:
         self.branch, self.index, self.item = branch, index, item
 
     def __call__(self, stage: nn.Module, inputs: tuple, output: Any) -> None:
+        if getattr(stage, "_is_replica", False):  # its hooks are those of the model itself, shared by all copies
+            raise RuntimeError("models with moments do not go with nn.DataParallel; use DistributedDataParallel")
         self.branch.keep(self.index, output if self.item < 0 else output[self.item])
 
 
-class _Join:
+class _Join(_Hook):
     """The hook of a head."""
 
     def __init__(self, branch: MomentsBranch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from timm_faim import FAIMHead
+from timm_faim.head.parts import point_cosines
 from timm_faim.metric.functional import one_form_term, squared_norm
 
 
@@ -78,6 +79,19 @@ class HeadDistances:
         riemannian = torch.sqrt(squared_norm(v, sigma, tril, metric.eps) + metric.eps)
         term = one_form_term(torch.mv(v, beta), metric.symmetric, metric.eps)
         return riemannian, lmbda * term
+
+    @torch.no_grad()
+    def parts_right(self, features: Tensor, target: Tensor) -> list[float]:
+        """Share in per cent of the rows that each part of the features alone would classify as their class, by the
+        cosines to the prototypes; then that of all together.
+
+        Args:
+            features: x [N, D], N > 0, as `head_features` gives them.
+            target: classes [N].
+        """
+        alone = [cosines.argmax(1) for cosines in point_cosines(self.exact, features)]
+        together = self.logits(features).argmax(1)
+        return [100 * float((k == target).double().mean()) for k in (*alone, together)]
 
     @torch.no_grad()
     def geometry(self) -> Geometry:

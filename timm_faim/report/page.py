@@ -15,6 +15,7 @@ from torch import nn
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.documents import read_yaml
 from timm_faim.images.pictures import Pictures, head_features
+from timm_faim.models.moments import branch_of
 from timm_faim.report import examples as examples_of
 from timm_faim.report import heads as head_pictures
 from timm_faim.report import page_style, plots
@@ -154,6 +155,7 @@ class _Seen:
     """What the heads got for some images of the validation data."""
 
     positions: np.ndarray  # in the evaluation [N]
+    spread: np.ndarray  # those among them that were not chosen by what was predicted [N]
     features: dict[str, torch.Tensor]  # by head, [N, D]
 
 
@@ -168,13 +170,13 @@ def _add_heads(
     label_names: Sequence[str] | None,
 ) -> None:
     examples = np.empty(0, dtype=np.int64)
-    seen = _Seen(examples, {})
+    seen = _Seen(examples, examples, {})
     if evaluation is not None and len(evaluation.index) and val is not None:
         examples = examples_of.choose_examples(evaluation)
         N = len(evaluation.index)
         spread = np.linspace(0, N - 1, min(N, SHARE_SAMPLE)).round().astype(np.int64)
         positions = np.unique(np.concatenate([examples, spread]))
-        seen = _Seen(positions, head_features(model, val, evaluation.index[positions])[0])
+        seen = _Seen(positions, np.isin(positions, spread), head_features(model, val, evaluation.index[positions])[0])
 
     page.add_section("FAIM heads" if len(heads) > 1 else "FAIM head")
     rows = []
@@ -204,6 +206,9 @@ def _add_heads(
     if any(row[6] != "0" for row in rows):
         columns += ["λ", "λ √(βᵀΣ⁻¹β)", "1-form's share of the distance"]
     page.add_table("Heads", columns, [row[: len(columns)] for row in rows])
+    for name, head in heads.items():
+        if len(head.parts) > 1 and name in seen.features:
+            _add_parts(page, model, name, head, seen, evaluation.target[seen.positions])
 
     reached = [name for name in heads if name in seen.features]
     if train is None or not reached:
@@ -233,6 +238,23 @@ def _add_heads(
             + " in its two parts" * distances.geometry().has_one_form
             + (f", in head <code>{html.escape(name)}</code>." if len(heads) > 1 else "."),
         )
+
+
+def _add_parts(page: "Page", model: nn.Module, name: str, head: FAIMHead, seen: _Seen, target: np.ndarray) -> None:
+    """What the parts of a head's features do by themselves."""
+    x, classes = (t[torch.from_numpy(seen.spread)] for t in (seen.features[name], torch.from_numpy(target)))
+    branch = branch_of(model)
+    names = ["pooled features", *(f"moments of {stage.name}" for stage in (branch.stages if branch else ()))]
+    names += [f"part {i + 1}" for i in range(len(names), len(head.parts))]
+    right = HeadDistances(head).parts_right(x, classes)
+    rows = zip(
+        [*names, "together"], [*head.parts, head.in_features], [*head.part_weights.tolist(), 1.0], right, strict=True
+    )
+    page.add_table(
+        f"What each part of the features says alone, head {name}: {len(x)} validation images",
+        ["part", "features", "weight", "right"],
+        [[part, width, f"{weight:.2f}", f"{share:.1f} %"] for part, width, weight, share in rows],
+    )
 
 
 def _head_row(name: str, head: FAIMHead, geometry: Geometry, shares: np.ndarray | None) -> list[str]:

@@ -16,8 +16,14 @@ from timm_faim.training.options import Options
 
 def starts_from_data(options: Options, model: torch.nn.Module) -> bool:
     """Whether the heads start in closed form: as --head-init data says, and always where they read second moments,
-    whose projection comes from maps."""
+    whose projection comes from maps.
+
+    Raises:
+        UserError: moments to fit, with the heads, from images of several labels.
+    """
     reads_new_moments = any(isinstance(m, Moments) and not m.is_fitted for m in model.modules())
+    if reads_new_moments and options.data.multi_label:
+        raise UserError("--faim-cfg moments does not go with --multi-label: the head starts from classes of one label")
     return bool(faim_heads(model)) and (options.head.head_init == "data" or reads_new_moments)
 
 
