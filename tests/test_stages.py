@@ -13,7 +13,7 @@ USUAL = {
     "resnet50": ("layer3.5", 1024, False, 0, -1, 196),
     "resnet10t": ("layer3.0", 256, False, 0, -1, 121),
     "vgg11": ("features.19", 512, False, 0, -1, 196),
-    "densenet121": ("features.denseblock3.denselayer24", 32, False, 0, -1, 196),
+    "densenet121": ("features.denseblock3", 1024, False, 0, -1, 196),
     "inception_v3": ("Mixed_6e", 768, False, 0, -1, 289),
     "mobilenetv3_small_050": ("blocks.3.1", 24, False, 0, -1, 196),
     "convnext_atto": ("stages.2.blocks.5", 160, False, 0, -1, 196),
