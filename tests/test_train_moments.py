@@ -163,7 +163,7 @@ def test_images_are_searched_by_the_distance_of_all_parts(run, images, tmp_path,
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     retrieval.main()
     facts = json.loads((tmp_path / "found" / "retrieval.json").read_text())
-    assert facts["gallery_images"] == 12 and facts["results"]["FAIM"]["recall@1"] > 50
+    assert facts["gallery_images"] == 12 and facts["results"]["FAIM"]["Recall@1"] > 50
 
 
 def build(arch="test_vit", **options):
