@@ -106,13 +106,17 @@ def split_branch(state_dict: StateDict) -> tuple[StateDict, StateDict]:
     return {key: value for key, value in state_dict.items() if not key.startswith(prefix)}, branch
 
 
-def load_branch(model: nn.Module, saved: StateDict) -> None:
+def load_branch(model: nn.Module, saved: StateDict, heads: Mapping[str, StateDict]) -> None:
     """Load the projections of second moments; a checkpoint without any leaves those of the model as they start.
 
     Raises:
-        RuntimeError: the checkpoint has moments and the model none, or of other stages or numbers of components.
+        RuntimeError: the checkpoint has moments and the model none, or of other stages or numbers of components; or its
+            ``heads`` read moments, and it lacks those.
     """
     branch = branch_of(model)
+    if not saved and any(key.startswith("frames.") for head in heads.values() for key in head):
+        raise RuntimeError(f"the checkpoint's FAIM head reads second moments, and the checkpoint lacks their {NAME}; "
+                           "save the whole state dict")  # fmt: skip
     if branch is None and saved and model.num_classes > 0:
         raise RuntimeError("the checkpoint's FAIM head reads second moments; use the checkpoint's own faim_cfg "
                            "(moments=…)")  # fmt: skip

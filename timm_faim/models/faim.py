@@ -187,7 +187,7 @@ def _create_from_checkpoint(
     model.pretrained_cfg.clear()  # the same dict is default_cfg
     model.pretrained_cfg.update(replace(source, state_dict=None).to_dict())
     _attach(model, arch, faim_cfg, kwargs)
-    load_branch(model, moments)
+    load_branch(model, moments, heads)
     check_backbone(model, backbone, strict=model.num_classes == source.num_classes)
     load_heads(model, heads, keeps)
     insert_charts(model, arch, faim_cfg, kwargs)

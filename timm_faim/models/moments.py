@@ -54,6 +54,7 @@ class MomentsBranch(nn.ModuleList):
         )  # fmt: skip
         self.stages = list(stages)
         self.heads = 0  # that read; without any, maps are not kept
+        self.pooled: list[int] = []  # widths of their pooled features
         self._maps: dict[int, Tensor] = {}
         self._vectors: list[Tensor] = []
         self._reads = 0
@@ -90,13 +91,13 @@ class MomentsBranch(nn.ModuleList):
             ValueError: no forward pass through the stages, or one of other images, came before.
         """
         vectors = self._of(list(maps)) if maps else self._of_this_pass(self._of)
-        if any(v.shape[0] != x.shape[0] for v in vectors):  # len() would fix the batch size of an export
+        if any(v.shape[0] != x.shape[0] for v in vectors):  # no len(), which tracers take for a constant
             raise ValueError(f"features of {x.shape[0]} images and maps of {vectors[0].shape[0]}; call the whole model")
         # a model in half precision gives logits in it
         dtype = torch.promote_types(x.dtype, self[0].projection.dtype)
         vectors = [v.to(x.device, dtype) for v in vectors]
-        if x.dim() == 4 and x.shape[2:] == (1, 1):  # before a 1×1 convolution
-            return torch.cat([x, *(v[:, :, None, None] for v in vectors)], 1)
+        if x.dim() == 4 and x.shape[3] not in self.pooled:  # before a 1×1 convolution
+            return torch.cat([x, *(v[:, :, None, None].expand(-1, -1, *x.shape[2:]) for v in vectors)], 1)
         places = [x.shape[0], *[1] * (x.dim() - 2)]
         rows = [v.reshape(*places, v.shape[-1]).expand(*x.shape[:-1], v.shape[-1]) for v in vectors]
         return torch.cat([x, *rows], -1)
@@ -120,6 +121,10 @@ class MomentsBranch(nn.ModuleList):
         self._maps.clear()
         return maps
 
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError("a model with second moments does not script, as hooks hand its maps on; trace it "
+                                  "(torch.jit.trace), export it (torch.export) or compile it")  # fmt: skip
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is left of a forward pass: it may be part of a graph, which no copy can be."""
         return self.__dict__ | {"_maps": {}, "_vectors": [], "_reads": 0}
@@ -134,17 +139,7 @@ def _named_by_itself(tracer: Any) -> Iterator[None]:
     tracer.current_module_qualname = before
 
 
-class _Hook:
-    """An object, so that it goes with copies of the model."""
-
-    @property
-    def __name__(self) -> str:
-        """What TorchScript asks of a hook first."""
-        raise AttributeError("torch.jit.script cannot read the hooks of a model with moments; use torch.export, "
-                             "torch.onnx.export(dynamo=True) or torch.jit.trace")  # fmt: skip
-
-
-class _Keep(_Hook):
+class _Keep:
     """The hook of a stage."""
 
     def __init__(self, branch: MomentsBranch, index: int, item: int) -> None:
@@ -156,7 +151,7 @@ class _Keep(_Hook):
         self.branch.keep(self.index, output if self.item < 0 else output[self.item])
 
 
-class _Join(_Hook):
+class _Join:
     """The hook of a head."""
 
     def __init__(self, branch: MomentsBranch) -> None:
@@ -193,7 +188,7 @@ def connect_heads(model: nn.Module) -> None:
     """Have the heads of a model read its branch, if it has one."""
     branch, heads = branch_of(model), faim_heads(model).values()
     if branch is not None:
-        branch.heads = len(heads)
+        branch.heads, branch.pooled = len(heads), [head.parts[0] for head in heads]
         for head in heads:
             if not any(isinstance(hook, _Join) for hook in head._forward_pre_hooks.values()):
                 head.register_forward_pre_hook(_Join(branch))

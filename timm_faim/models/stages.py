@@ -16,6 +16,7 @@ from .config import PREFIX, nearest
 from .moments import Stage
 
 STRIDE = 16
+_ROWS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = None) -> Stage:
@@ -31,9 +32,10 @@ def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = Non
     """
     model = meta_copy(arch, arguments)
     modules = dict(model.named_modules())
-    watched = candidates(model) or _named_features(model, modules)
-    if wanted in modules:
-        watched = {**watched, wanted: modules[wanted]}
+    blocks = candidates(model) or _named_features(model, modules)
+    around = {name: modules[name] for block in blocks for name in _around(block) if type(modules[name]) not in _ROWS}
+    asked = {wanted: modules[wanted]} if wanted in modules else {}
+    watched = around | asked | blocks
     outputs: dict[str, list[Any]] = {}  # in the order of calls
     for name, module in watched.items():
         module.register_forward_hook(lambda _, inputs, output, name=name: outputs.setdefault(name, []).append(output))
@@ -41,9 +43,12 @@ def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = Non
     found = {name: _stage(name, calls, model, size) for name, calls in outputs.items()}
     stages = {name: stage for name, stage in found.items() if stage is not None}
     if wanted is None:
-        if not stages:
+        usable = [stage for name, stage in stages.items() if name in blocks]
+        if not usable:
             raise ValueError(f"faim_cfg moments: no block of {PREFIX}{arch} gives one map or tokens; leave moments out")
-        return _usual(list(stages.values()), math.prod(size))
+        block = _usual(usable, math.prod(size))
+        wholes = [stages[name] for name in _around(block.name) if name in stages]
+        return next((w for w in wholes if w.positions == block.positions and w.channels > block.channels), block)
     within = [stage for name, stage in stages.items() if name != wanted and name.startswith(f"{wanted}.")]
     whole = stages.get(wanted)
     if whole and not (within and (within[-1].channels, within[-1].positions) == (whole.channels, whole.positions)):
@@ -56,6 +61,12 @@ def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = Non
     reason = "gives no map or tokens, or not once" if wanted in modules else "is no module"
     raise ValueError(f"faim_cfg moments={wanted!r} {reason} of {PREFIX}{arch}; {hint}there are {', '.join(places[:40])}"
                      )  # fmt: skip
+
+
+def _around(name: str) -> list[str]:
+    """The modules around one, from the outside in: of dense blocks the whole gives more than its last layer."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _named_features(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from timm_faim.metric import FillsMissing, checked_count
+from timm_faim.metric import FillsMissing, checked_count, without_autocast
 
 from .root import matrix_root
 
@@ -77,14 +77,15 @@ class Moments(FillsMissing, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """v [B, D] of maps [B, c, H, W] or tokens [B, N, c], in at least float32."""
-        f_BNc = self.positions(x)
-        dtype = torch.promote_types(f_BNc.dtype, torch.float32)
-        z_BNd = ((f_BNc - self.mean) @ self.projection).to(dtype)
-        z_BNn = torch.cat([z_BNd, self.offset.to(dtype).expand(z_BNd.shape[0], z_BNd.shape[1], 1)], -1)
-        G_Bnn = torch.bmm(z_BNn.transpose(1, 2), z_BNn) / z_BNn.shape[1]
-        root_Bnn = matrix_root(G_Bnn, self.steps)
+        return without_autocast(self._root_of_moments, (self.positions(x) - self.mean) @ self.projection)
+
+    def _root_of_moments(self, z_BNd: Tensor) -> Tensor:
+        z_BNd = z_BNd.to(torch.promote_types(z_BNd.dtype, torch.float32))
+        b_BN1 = self.offset.to(z_BNd.dtype).expand(z_BNd.shape[0], z_BNd.shape[1], 1)
+        z_BNn = torch.cat([z_BNd, b_BN1], -1)
+        root_Bnn = matrix_root(torch.bmm(z_BNn.transpose(1, 2), z_BNn) / z_BNn.shape[1], self.steps)
         n = self.components + 1
-        rows, columns = torch.triu_indices(n, n, device=x.device)
+        rows, columns = torch.triu_indices(n, n, device=z_BNd.device)
         weights = torch.where(rows == columns, 1.0, math.sqrt(2.0)).to(root_Bnn.dtype)
         return root_Bnn.flatten(1).index_select(1, rows * n + columns) * weights
 

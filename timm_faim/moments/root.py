@@ -22,7 +22,7 @@ def matrix_root(G_Bnn: Tensor, steps: int = 10, ridge: float = 1e-4) -> Tensor:
 
     Args:
         G_Bnn: symmetric, without negative eigenvalues.
-        steps: of the iteration; 8 to 12 do.
+        steps: of the iteration, at least 1; 8 to 12 do.
         ridge: added to the mean eigenvalue 1/n of G / tr G, as a share of it.
     """
     if not torch.jit.is_scripting():
@@ -36,8 +36,11 @@ def _matrix_root(G_Bnn: Tensor, steps: int, ridge: float) -> Tensor:
     trace_B11 = G_Bnn.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(torch.finfo(G_Bnn.dtype).tiny ** 0.5)
     eye_nn = torch.eye(n, dtype=G_Bnn.dtype, device=G_Bnn.device)
     A_Bnn = (G_Bnn / trace_B11 + eye_nn * (ridge / n)) / (1.0 + ridge)
-    Y_Bnn, Z_Bnn = A_Bnn, eye_nn.expand_as(A_Bnn)
-    for _ in range(steps):
-        T_Bnn = 1.5 * eye_nn - 0.5 * torch.bmm(Z_Bnn, Y_Bnn)
-        Y_Bnn, Z_Bnn = torch.bmm(Y_Bnn, T_Bnn), torch.bmm(T_Bnn, Z_Bnn)
+    T_Bnn = 1.5 * eye_nn - 0.5 * A_Bnn  # of the first step, where Z = I
+    Y_Bnn, Z_Bnn = torch.bmm(A_Bnn, T_Bnn), T_Bnn
+    for step in range(1, steps):
+        T_Bnn = torch.baddbmm(1.5 * eye_nn, Z_Bnn, Y_Bnn, alpha=-0.5)
+        Y_Bnn = torch.bmm(Y_Bnn, T_Bnn)
+        if step + 1 < steps:
+            Z_Bnn = torch.bmm(T_Bnn, Z_Bnn)
     return Y_Bnn * (trace_B11 * (1.0 + ridge)).sqrt()
