@@ -216,7 +216,7 @@ def widths_of_the_classifier(case):
 
 
 def test_scripting_a_model_with_moments_says_what_to_do_instead():
-    with pytest.raises(AttributeError, match="use torch.export"):
+    with pytest.raises(NotImplementedError, match="torch.export"):
         made_scriptable(Case("test_resnet", "moments"))
 
 

@@ -5,7 +5,7 @@ each head has it put the moments beside the pooled features, so that timm's own 
 looks at a head's input sees the whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,7 @@ class MomentsBranch(nn.ModuleList):
         are."""
         if isinstance(x, Proxy):
             with _named_by_itself(x.tracer):
-                return traced_call(self, x, *self._take_maps())
+                return traced_call(self, x, *self._of_this_pass(list))
         if x.shape[-1] == head.in_features or (x.dim() == 4 and x.shape[1] == head.in_features):
             return x
         return self(x)
@@ -90,7 +90,7 @@ class MomentsBranch(nn.ModuleList):
         Raises:
             ValueError: no forward pass through the stages, or one of other images, came before.
         """
-        vectors = self._of(list(maps)) if maps else self._of_this_pass()
+        vectors = self._of(list(maps)) if maps else self._of_this_pass(self._of)
         if any(v.shape[0] != x.shape[0] for v in vectors):  # no len(), which tracers take for a constant
             raise ValueError(f"features of {x.shape[0]} images and maps of {vectors[0].shape[0]}; call the whole model")
         # a model in half precision gives logits in it
@@ -109,9 +109,9 @@ class MomentsBranch(nn.ModuleList):
                              "forward_features just before forward_head")  # fmt: skip
         return [moments(maps[i]) for i, moments in enumerate(self)]
 
-    def _of_this_pass(self) -> list[Tensor]:
-        """Several heads read the same ones."""
-        vectors = self._vectors or self._of(self._take_maps())
+    def _of_this_pass(self, make: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """What is made of the maps; several heads read the same."""
+        vectors = self._vectors or make(self._take_maps())
         self._reads += 1
         self._vectors = vectors if self._reads < self.heads else []
         return vectors
@@ -139,17 +139,7 @@ def _named_by_itself(tracer: Any) -> Iterator[None]:
     tracer.current_module_qualname = before
 
 
-class _Hook:
-    """An object, so that it goes with copies of the model."""
-
-    @property
-    def __name__(self) -> str:
-        """What TorchScript asks of a hook first."""
-        raise AttributeError("torch.jit.script cannot read the hooks of a model with moments; use torch.export, "
-                             "torch.onnx.export(dynamo=True) or torch.jit.trace")  # fmt: skip
-
-
-class _Keep(_Hook):
+class _Keep:
     """The hook of a stage."""
 
     def __init__(self, branch: MomentsBranch, index: int, item: int) -> None:
@@ -161,7 +151,7 @@ class _Keep(_Hook):
         self.branch.keep(self.index, output if self.item < 0 else output[self.item])
 
 
-class _Join(_Hook):
+class _Join:
     """The hook of a head."""
 
     def __init__(self, branch: MomentsBranch) -> None:
