@@ -9,15 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from timm_faim import (
-    FAIMHead,
-    FAIMInfoNCELoss,
-    FAIMTripletLoss,
-    FoldedHead,
-    TargetMargin,
-    fit_,
-    to_linear,
-)
+from timm_faim import FAIMHead, FAIMInfoNCELoss, FAIMTripletLoss, FoldedHead, TargetMargin, fit_, to_linear
 from timm_faim.head.parts import part_cosines
 
 C, PARTS, WEIGHTS = 5, [6, 10, 4], [0.5, 0.3, 0.2]
