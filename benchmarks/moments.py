@@ -27,7 +27,7 @@ from timm_faim.head.statistics import HeadStatistics
 CLASSES = 200
 ARCHITECTURES = {
     "cuda": ("tf_efficientnet_lite0", "resnet50", "vit_small_patch16_224"),
-    "cpu": ("tf_efficientnet_lite0", "resnet50"),
+    "cpu": ("tf_efficientnet_lite0",),
 }
 FORMS = {"plain": False, "moments": True, "moments, d = 64": {"components": 64}}
 

@@ -338,6 +338,7 @@ def test_defaults_that_follow_from_other_options(argv, smoothing, metric, loss):
         ("--cache-views 2", "--cache-views needs --cache-features"),
         ("--cache-features --head-only --mixup 0.1", "--cache-features does not go with --mixup and --cutmix"),
         ("--cache-features --head-only --kd-model-name x", "--cache-features does not go with --kd-model-name"),
+        ("--cache-features --head-only --val-flip", "--cache-features does not go with --val-flip"),
         ("--cache-features --head-only --dataset wds/", "--cache-features does not go with --dataset wds/"),
         ("--amp --model-dtype bfloat16", "--amp needs weights in float32"),
         ("--torchcompile-mode default", "--torchcompile-mode needs --torchcompile"),

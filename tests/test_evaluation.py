@@ -19,7 +19,7 @@ from timm.data import create_dataset, create_loader
 from timm_faim.images.checked import UNREADABLE
 from timm_faim.report import plots
 from timm_faim.report.evaluation import Confusion, Evaluation, collect
-from timm_faim.report.predictions import evaluate
+from timm_faim.report.predictions import evaluate, predictions
 from timm_faim.report.tables import file_names, summary_lines, write_evaluation
 from timm_faim.run.errors import UserError
 
@@ -105,6 +105,22 @@ def test_padding_and_unreadable_images_are_left_out():
     )
     assert evaluation.index.tolist() == [0, 2, 3, 4]
     assert evaluation.target.tolist() == target[[0, 2, 3, 4]].tolist()
+
+
+def test_mirror_images_are_averaged():
+    images, target = torch.randn(5, 1, 2, 4), torch.randint(4, (5,))
+
+    class Corner(torch.nn.Module):
+        """Logits that a mirror turns round."""
+
+        def forward(self, x):
+            return x[:, 0, 0]
+
+    batches = [(images[:3], target[:3]), (images[3:], target[3:])]
+    found = [torch.cat([logits for logits, *_ in predictions(Corner(), batches, Accelerator(cpu=True), flips=flips)])
+             for flips in (False, True)]  # fmt: skip
+    assert torch.equal(found[0], images[:, 0, 0])
+    torch.testing.assert_close(found[1], (images[:, 0, 0] + images[:, 0, 0].flip(1)) / 2)
 
 
 @pytest.mark.parametrize("bad", [7, -1])

@@ -18,6 +18,7 @@ def predictions(
     *,
     skip_unreadable: bool = False,
     channels_last: bool = False,
+    flips: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Logits [B, C], targets [B, ...] and places [B] among this process's images, batch by batch; each image once.
 
@@ -30,6 +31,7 @@ def predictions(
         accelerator: where and in which precision to run.
         skip_unreadable: leave out images that could not be read.
         channels_last: memory layout of the images.
+        flips: average the logits of each image and its mirror image.
     """
     model.eval()
     limit, seen = evaluation_sample_limit(loader), 0
@@ -37,8 +39,9 @@ def predictions(
         if channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            output = model(images)
-        output = output[0] if isinstance(output, (tuple, list)) else output
+            outputs = [model(each) for each in ((images, images.flip(-1)) if flips else (images,))]
+        outputs = [each[0] if isinstance(each, (tuple, list)) else each for each in outputs]
+        output = torch.stack(outputs).mean(0) if flips else outputs[0]
         count = len(target) if limit is None else max(0, min(len(target), limit - seen))
         output, target = output[:count], target[:count]
         place = torch.arange(seen, seen + count, device=target.device)

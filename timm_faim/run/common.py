@@ -24,6 +24,7 @@ class RunOptions:
         "folder of this run (default: time, model and size)", "", metavar="NAME", marks="usual runtime"
     )
     val_interval: int = option("epochs between validations", 1, whole(1), "N")
+    val_flip: bool = flag("average the logits of each validation image and its mirror image, in twice the time")
     eval_metric: str | None = option(
         "what makes an epoch the best: top1, top5 or loss, or with --multi-label map, "
         "micro_f1, macro_f1, sample_f1 or loss (default: top1, map, or loss without validation)",

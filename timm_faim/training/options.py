@@ -52,7 +52,11 @@ class Options:
     @property
     def reading(self) -> dict[str, bool]:
         """How an evaluation reads images: arguments of `predictions`."""
-        return {"skip_unreadable": self.data.skip_unreadable, "channels_last": self.model.channels_last}
+        return {
+            "skip_unreadable": self.data.skip_unreadable,
+            "channels_last": self.model.channels_last,
+            "flips": self.run.val_flip,
+        }
 
 
 GROUPS = {group.name: group.type for group in fields(Options) if group.name != "config"}

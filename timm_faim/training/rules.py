@@ -170,6 +170,7 @@ def check_combinations(options: Options) -> None:
             ("--contrastive", contrastive.contrastive),
             ("--views", contrastive.views > 1),
             ("--samples-per-class", contrastive.samples_per_class),
+            ("--val-flip", run.val_flip),
             (f"--dataset {data.dataset}", kind in STREAMED),
         )
         if on
