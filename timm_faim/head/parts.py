@@ -19,7 +19,7 @@ def part_cosines(head: FAIMHead, x_ND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def point_cosines(head: "FAIMHead", z_ND: Tensor) -> Tensor:
+def point_cosines(head: FAIMHead, z_ND: Tensor) -> Tensor:
     """:func:`part_cosines` [P, N, C] of features that are points already, as ``head.embed`` gives them."""
     z, mu = (unit.split(head.parts, -1) for unit in (z_ND, head.mu))
     return torch.stack([unit_vectors(a) @ unit_vectors(b).to(a).t() for a, b in zip(z, mu, strict=True)])
