@@ -9,7 +9,6 @@ are about these data sets, not about new ones.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -17,10 +16,7 @@ from statistics import mean
 from closed_form import FOLDS
 from refits import DEFAULT_WEIGHT, KINDS, default_refit
 from settings import ABLATIONS, LITE0, SETTINGS
-from tables import Runs, Setting, difference, setting_means, table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from machine import headline
+from tables import Runs, Setting, difference, setting_means, show, table, whence
 
 DIFFERENCES = ["| difference of top-1 in points | (setting, seed) pairs | means of settings | settings won |"]
 DIFFERENCES += ["|---|---:|---:|---:|"]
@@ -193,21 +189,14 @@ def main() -> None:
     parser.add_argument("--command", default="python benchmarks/accuracy/frozen_moments.py --weights … --data …")
     args = parser.parse_args()
     records = [json.loads(line) for line in args.lines.read_text().splitlines()]
-    first = records[0]
-    if "device" in first:
-        where = (
-            f"{first['device']}; Python {first['python']}, torch {first['torch']}, timm {first['timm']}; "
-            f"command: `{args.command}`"
-        )
+    where = whence(records[0], args.command)
+    if "device" in records[0]:
         text = ["# Full fine-tuning on mean and second moments", "", where, ""]
         text += ["Every method sees whole images, squashed to a square.", *fine_tuning(records)]
     else:
-        text = ["# Mean and second moments of frozen features, in closed form", "", headline(args.command, cuda=False)]
+        text = ["# Mean and second moments of frozen features, in closed form", "", where]
         text += frozen(records) + ablation(records)
-    page = "\n".join(text) + "\n"
-    print(page)
-    if args.output:
-        args.output.write_text(page)
+    show(text, args.output)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,22 @@ def report(regimes: dict[str, Runs]) -> list[str]:
     return lines
 
 
+def whence(record: dict, command: str) -> str:
+    """Machine, versions and command of the lines that a record is one of; without a device they are this machine's."""
+    if "device" not in record:
+        return headline(command, cuda=False)
+    versions = f"Python {record['python']}, torch {record['torch']}, timm {record['timm']}"
+    return f"{record['device']}; {versions}; command: `{command}`"
+
+
+def show(lines: list[str], output: Path | None) -> None:
+    """Print a page, and write it where a file is named."""
+    page = "\n".join(lines) + "\n"
+    print(page)
+    if output:
+        output.write_text(page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path)
@@ -164,18 +180,8 @@ def main() -> None:
     parser.add_argument("--command", default="python benchmarks/accuracy/frozen.py --weights FILE --data NAME=DIR …")
     args = parser.parse_args()
     first = json.loads(args.lines.read_text().partition("\n")[0])
-    where = headline(args.command, cuda=False)
-    if "device" in first:  # the lines came from another machine
-        where = (
-            f"{first['device']}; Python {first['python']}, torch {first['torch']}, timm {first['timm']}; "
-            f"command: `{args.command}`"
-        )
     title = "# Full fine-tuning" if "setting" in first else "# Frozen features"
-    text = [title, "", where, *report(read(args.lines))]
-    page = "\n".join(text) + "\n"
-    print(page)
-    if args.output:
-        args.output.write_text(page)
+    show([title, "", whence(first, args.command), *report(read(args.lines))], args.output)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ class RowScatter:
         """Add rows; each counts by its square."""
         rows_ND = rows_ND.to(self.rows)
         self.trace += rows_ND.square().sum()
+        self._keep(rows_ND)
+
+    def _keep(self, rows_ND: Tensor) -> None:
         for block in rows_ND.split(self.most):
             self.rows = torch.cat([self.rows, block])
             if len(self.rows) > 2 * self.most:
@@ -115,7 +118,6 @@ class RowScatter:
         found: list[Tensor | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, self.rows.cpu())
         torch.distributed.all_reduce(self.trace)
-        trace, self.rows = self.trace.clone(), self.rows[:0]
+        self.rows = self.rows[:0]
         for rows in found:
-            self.add(rows)
-        self.trace = trace
+            self._keep(rows.to(self.rows))

@@ -16,7 +16,7 @@ from .checks import checked_count, checked_number
 from .frame import orthonormal_frame, whitened_one_form
 from .functional import gemm_distance, one_form_term, reference_distance, squared_norm
 from .fused import fused_distance
-from .hosts import FillsMissing
+from .hosts import FillsMissing, is_filled
 from .precision import needs_plain_ops, without_autocast
 
 
@@ -84,7 +84,7 @@ class FAIMMetric(FillsMissing, nn.Module):
     def reset_parameters(self) -> None:
         """Σ and β as :meth:`start_at` says (Σ = I and β ~ N(0, 1/D) at first), λ = lambda_init."""
         sigma, beta_std = self._start
-        if self.L is not None and not getattr(self.L, "_is_hf_initialized", False):  # by a checkpoint in transformers
+        if self.L is not None and not is_filled(self.L):
             nn.init.eye_(self.L).data.mul_(math.sqrt(sigma))
         if self.log_sigma_diag is not None:
             nn.init.constant_(self.log_sigma_diag, math.log(sigma))

@@ -135,8 +135,10 @@ def _named_by_itself(tracer: Any) -> Iterator[None]:
     """torchvision's tracer would give a node that is made in the hook of a head the name of the head."""
     before = getattr(tracer, "current_module_qualname", None)
     tracer.current_module_qualname = NAME
-    yield
-    tracer.current_module_qualname = before
+    try:
+        yield
+    finally:
+        tracer.current_module_qualname = before
 
 
 class _Keep:

@@ -80,12 +80,11 @@ def _stage(name: str, calls: list[Any], model: nn.Module, size: tuple[int, int])
     """A module's one output of one call as a stage."""
     if len(calls) != 1:
         return None
-    outputs = calls[0] if isinstance(calls[0], (tuple, list)) else [calls[0]]
-    maps = [(i, t) for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.dim() in (3, 4) and len(t) == 2]
+    outputs = dict(enumerate(calls[0])) if isinstance(calls[0], (tuple, list)) else {-1: calls[0]}
+    maps = [(i, t) for i, t in outputs.items() if isinstance(t, Tensor) and t.dim() in (3, 4) and len(t) == 2]
     if len(maps) != 1:
         return None
     item, x = maps[0]
-    item = item if isinstance(calls[0], (tuple, list)) else -1
     if x.dim() == 3:
         prefix = _prefix(x.shape[1], getattr(model, "num_prefix_tokens", None) or 0, size)
         return Stage(name, x.shape[2], False, prefix, item, x.shape[1] - prefix)
