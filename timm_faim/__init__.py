@@ -40,6 +40,7 @@ __all__ = [
     "faim_heads",
     "fit_",
     "from_linear",
+    "load",
     "log_map",
     "save_model",
     "to_linear",
@@ -50,6 +51,7 @@ del register_twins
 
 _ON_DEMAND = {  # what imports more than the rest: pytorch-metric-learning, which is optional; yaml and the Hub's client
     "FAIMDistance": "timm_faim.losses.distance",
+    "load": "timm_faim.classifier",
     "save_model": "timm_faim.hub",
 }
 
