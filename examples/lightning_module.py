@@ -38,7 +38,7 @@ class Classifier(L.LightningModule):
         if self.images is not None and self.trainer.ckpt_path is None:
             timm_faim.fit_(self.model, self.images)
 
-    def on_train_end(self):
+    def on_fit_end(self):
         if self.images is not None:
             timm_faim.fit_(self.model, self.images)
 
@@ -68,10 +68,9 @@ def main(argv: list[str] | None = None):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = L.Trainer(max_epochs=args.epochs, devices=args.devices, callbacks=[last], **quiet)
     trainer.fit(module, train, val, ckpt_path=args.resume)
-    trained = float(trainer.callback_metrics["val_top1"])
-    refitted = trainer.validate(module, val, verbose=False)[0]["val_top1"]
+    found = trainer.validate(module, val, verbose=False)[0]["val_top1"]
     if trainer.is_global_zero:
-        print(f"{trained:.1f} % of the validation images right, {refitted:.1f} % with the head in closed form again")
+        print(f"{found:.1f} % of the validation images right")
         timm_faim.save_model(module.model, Path(args.output, "model"), names)
         print(f'open it with timm.create_model("local-dir:{args.output}/model", pretrained=True)')
     return module, trainer

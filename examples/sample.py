@@ -30,7 +30,7 @@ def parser(doc: str, model: str = "faim_resnet10t", img_size: int = 56, epochs: 
     )
     found.add_argument("--img-size", type=whole(16, 4096), default=img_size, help="pixels (default: %(default)s)")
     found.add_argument(
-        "--epochs", type=whole(0, 10**6), default=epochs, help="epochs of training (default: %(default)s)"
+        "--epochs", type=whole(1, 10**6), default=epochs, help="epochs of training (default: %(default)s)"
     )
     found.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, help="of weights and order (default: %(default)s)"

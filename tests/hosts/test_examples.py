@@ -132,6 +132,11 @@ def test_the_usual_vision_learner_has_no_faim_head(learner):
 def test_batches_of_fastai_need_the_wrapper(learner):
     with pytest.raises(TypeError):
         fit_(timm.create_model("faim_test_resnet", num_classes=4), learner.dls.train)
+    plain = example("fastai_learner", "fastai").PlainBatches(learner.dls.valid)
+    model = fit_(timm.create_model("faim_test_resnet", num_classes=4, faim_cfg={"moments": True}), plain)
+    copied = [(images.clone(), targets.clone()) for images, targets in plain]
+    again = copy.deepcopy(model)
+    assert type(copied[0][0]) is torch.Tensor and torch.equal(fit_(again, copied).fc.mu, model.fc.mu)
 
 
 @pytest.fixture(scope="module")
