@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import runs
 import timm
@@ -16,7 +15,6 @@ from timm.data import create_transform, resolve_data_config
 import timm_faim
 from timm_faim.calibration import Calibration
 from timm_faim.commands import run_command
-from timm_faim.fitting.heads import folds
 from timm_faim.run.errors import UserError
 from timm_faim.run.record import images_of, record_of
 
@@ -117,15 +115,6 @@ def test_without_validation_images_every_image_is_held_out_once(data, backbone, 
     images, target = tensors(saved, data / "train")
     again = timm_faim.fit_(timm.create_model(f"local-dir:{run}", pretrained=True), [(images, target)])
     torch.testing.assert_close(again.fc.mu, saved.fc.mu, rtol=1e-4, atol=1e-5)  # fitted to all of them
-
-
-def test_folds_hold_out_every_image_once_and_keep_series_together():
-    target = np.array([0] * 7 + [1] + [2] * 3)
-    fold = folds(target, 5)
-    assert fold[7] == -1 and (fold[target != 1] >= 0).all()
-    for k in (0, 2):
-        mine = fold[target == k]
-        assert (np.diff((mine - k) % 5) >= 0).all() and len(set(mine)) == min(5, len(mine))
 
 
 def test_one_image_a_class_is_fitted_and_said_not_to_be_calibrated(backbone, tmp_path, capsys):

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils import random_seed
 
-from timm_faim.calibration import Calibration, apply_temperature_, calibrate
+from timm_faim.calibration import FOLDS, Calibration, apply_temperature_, calibrate, lookalike_folds
 from timm_faim.classifier.neighbours import Gallery
 from timm_faim.data import cache_dir
 from timm_faim.fitting.extract import extract, only_head
-from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of
+from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
 from timm_faim.fitting.store import Features, key_of
 from timm_faim.images.checked import CheckedImages, reader_of
 from timm_faim.images.datasets import TrainingData, open_datasets
@@ -39,7 +39,6 @@ from timm_faim.training.model import build_data_config, build_model, input_chann
 from timm_faim.training.options import Options, as_recipe
 
 _SPLITS = ("val", "validation", "valid", "eval", "test")
-_FOLDS = 5  # where nobody says
 _KEPT = 2**30  # bytes of training points that a run keeps
 
 
@@ -144,14 +143,16 @@ def _finish(
         missing = [data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)[:3]]
         raise UserError(f"no readable training image of {', '.join(missing)}. Add images, or remove the class")
     fit_head(head, train, args.shrinkage)
+    points = points_of(head, train)
     images, logits, target, source = "val", None, None, "validation"
     if "val" in features:
         logits, target = logits_of(head, features["val"]), features["val"].target
         places = features["val"].place
     else:
         images, source = "train", "cross-fitted training images"
-        count = round(1 / args.val_fraction) if args.val_fraction else _FOLDS
-        logits, chosen = held_out_logits(head, train, args.shrinkage, count)
+        count = round(1 / args.val_fraction) if args.val_fraction else FOLDS
+        fold = lookalike_folds(points, torch.from_numpy(train.target), count).numpy()
+        logits, chosen = held_out_logits(head, train, args.shrinkage, fold)
         target, places = train.target[chosen], train.place[chosen]
         log(f"{len(target)} training images held out in turn, in {count} folds; the saved head is fitted to all")
     calibration, evaluation = None, None
@@ -178,7 +179,6 @@ def _finish(
     shown = {key: metrics[key] for key in ("loss", "top1", "top5", "samples") if key in metrics}
     append_summary(folder / "summary.csv", 0, head_metrics(model), shown)
     if not args.no_neighbours and len(train) * train.width * 2 <= _KEPT:
-        points = torch.cat([head.embed(x.to(head.mu.device)).detach().half().cpu() for x, _ in train.blocks()])
         names = file_names(data.train) or [str(place) for place in train.place]
         Gallery(points, [names[place] for place in train.place]).save(folder)
     if evaluation is not None:

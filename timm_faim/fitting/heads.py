@@ -1,10 +1,9 @@
 """Heads from stored features, and what they say of images that they are not fitted to.
 
-Shapes: N images, C classes, K folds.
+Shapes: N images, C classes, D features.
 """
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -40,41 +39,28 @@ def logits_of(head: FAIMHead, features: Features, chosen: np.ndarray | None = No
     return torch.cat([head(x.to(head.mu.device)).float().cpu() for x, _ in features.blocks(chosen)])
 
 
-def folds(target: np.ndarray, count: int) -> np.ndarray:
-    """The fold [N] that holds each image out, 0..K-1; -1 for the only image of a class, which none can.
-
-    Neighbours in the order of the data set, which are often pictures of one thing, stay together. The folds of small
-    classes begin at different numbers.
-    """
-    fold = np.full(len(target), -1, np.int64)
-    for k in np.unique(target):
-        mine = np.flatnonzero(target == k)
-        if len(mine) > 1:
-            fold[mine] = (np.arange(len(mine)) * count // len(mine) + k) % count
-    return fold
+@torch.inference_mode()
+def points_of(head: FAIMHead, features: Features) -> Tensor:
+    """Points [N, D] as the head's metric sees them, in half precision on the CPU."""
+    return torch.cat([head.embed(x.to(head.mu.device)).half().cpu() for x, _ in features.blocks()])
 
 
-def held_out_logits(head: FAIMHead, features: Features, shrinkage: float, count: int) -> tuple[Tensor, np.ndarray]:
+def held_out_logits(
+    head: FAIMHead, features: Features, shrinkage: float, fold: np.ndarray
+) -> tuple[Tensor, np.ndarray]:
     """Logits [M, C] of the images that some fold holds out, from a head fitted to the others, and their numbers [M].
 
-    M is 0 where each class has a single image.
+    Args:
+        head: fitted to all of them.
+        features: of N images.
+        shrinkage: as the head was fitted with.
+        fold: [N], -1 where none holds the image out.
+
+    Returns:
+        M is 0 where no image can be held out, as where each class has a single one.
     """
-    fold = folds(features.target, count)
-    found: list[Tensor] = []
-    numbers: list[np.ndarray] = []
-    for held_out, others in _splits(fold, count):
-        other = fit_head(copy.deepcopy(head), features, shrinkage, others)
-        found.append(logits_of(other, features, held_out))
-        numbers.append(held_out)
-    if not found:
-        return torch.empty(0, head.num_classes), np.empty(0, np.int64)
-    number = np.concatenate(numbers)
-    order = np.argsort(number)
-    return torch.cat(found)[torch.from_numpy(order)], number[order]
-
-
-def _splits(fold: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for k in range(count):
-        held_out = np.flatnonzero(fold == k)
-        if len(held_out):
-            yield held_out, np.flatnonzero(fold != k)
+    logits = torch.empty(len(features), head.num_classes)
+    for k in np.unique(fold[fold >= 0]):
+        other = fit_head(copy.deepcopy(head), features, shrinkage, np.flatnonzero(fold != k))
+        logits[torch.from_numpy(fold == k)] = logits_of(other, features, np.flatnonzero(fold == k))
+    return logits[torch.from_numpy(fold >= 0)], np.flatnonzero(fold >= 0)
