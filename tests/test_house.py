@@ -15,7 +15,7 @@ FLOORS = [
     {"metric", "data", "documents", "version"},
     {"moments"},
     {"head", "block"},
-    {"losses", "models"},
+    {"losses", "models", "estimator"},
     {""},
     {"run"},
     {"images"},

@@ -23,6 +23,7 @@ __all__ = [
     "PRESETS",
     "FAIMBlock",
     "FAIMChart",
+    "FAIMClassifier",
     "FAIMDistance",
     "FAIMHead",
     "FAIMInfoNCELoss",
@@ -48,8 +49,9 @@ __all__ = [
 register_twins()
 del register_twins
 
-_ON_DEMAND = {  # what imports more than the rest: pytorch-metric-learning, which is optional; yaml and the Hub's client
-    "FAIMDistance": "timm_faim.losses.distance",
+_ON_DEMAND = {  # what imports more than the rest: what is optional; yaml and the Hub's client
+    "FAIMClassifier": "timm_faim.estimator",  # scikit-learn
+    "FAIMDistance": "timm_faim.losses.distance",  # pytorch-metric-learning
     "save_model": "timm_faim.hub",
 }
 
