@@ -1,8 +1,9 @@
 """FAIMClassifier: the closed form of a FAIM head as a scikit-learn estimator, for feature vectors.
 
 γ changes probabilities and not predictions. Cross-fitting finds it: heads fitted without a part of the samples give
-distances of that part, and γ minimises their mean cross entropy, which is convex in it (temperature scaling; Platt 1999,
-Guo et al. 2017). As in Platt's, targets are smoothed by 1/(M + 2) of M samples, so that separable data have a minimum.
+distances of that part, and γ minimises their mean cross entropy, which is convex in it (temperature scaling; Platt
+1999, Guo et al. 2017). As in Platt's, targets are smoothed by 1/(M + 2) of M samples, so that separable data have a
+minimum.
 
 Shapes: N samples, C classes, D features, M samples held out in turn.
 """
@@ -31,7 +32,7 @@ except ImportError as e:
     raise ImportError("FAIMClassifier needs scikit-learn >= 1.6: pip install 'timm-faim[sklearn]'") from e
 
 GAMMA = 16.0  # where there is nothing to find it from: that of a fresh head
-FOLDS = 5
+FOLDS = 3
 ROWS = 4096  # that become tensors at a time
 _MOST_HELD_OUT = 20_000  # samples enough for one number
 _SLOWEST, _STEEPEST = 1e-3, 1e4  # between which γ is searched for
@@ -53,8 +54,8 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
         parts: widths of parts that lie side by side in the features, of sum D; each has a frame of its own.
         part_weights: of the parts' squared distances (default: alike).
         rank: directions of the Σ of all parts but the first.
-        gamma: inverse temperature of the probabilities, > 0. "auto": ``fit`` finds it by cross-fitting in 5 folds, in
-            six times the time; 16 where no class has two samples and where ``partial_fit`` has seen all samples.
+        gamma: inverse temperature of the probabilities, > 0. "auto": ``fit`` finds it by cross-fitting in 3 folds, in
+            four times the time; 16 where no class has two samples and where ``partial_fit`` has seen all samples.
 
     Attributes:
         classes_: class labels [C], sorted.
