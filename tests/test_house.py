@@ -22,7 +22,7 @@ FLOORS = [
     {"report"},
     {"training"},
     {"hub", "retrieval"},
-    {"train"},
+    {"train", "classes"},
     {"commands"},
     {"__main__"},
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "FoldedHead",
     "TargetMargin",
     "__version__",
+    "add_classes",
     "agreement",
     "convert_",
     "exp_map",
@@ -42,6 +43,9 @@ __all__ = [
     "fit_",
     "from_linear",
     "log_map",
+    "merge_classes",
+    "remove_classes",
+    "rename_classes",
     "save_model",
     "to_linear",
 ]
@@ -52,6 +56,10 @@ del register_twins
 _ON_DEMAND = {  # what imports more than the rest: what is optional; yaml and the Hub's client
     "FAIMClassifier": "timm_faim.estimator",  # scikit-learn
     "FAIMDistance": "timm_faim.losses.distance",  # pytorch-metric-learning
+    "add_classes": "timm_faim.classes",
+    "merge_classes": "timm_faim.classes",
+    "remove_classes": "timm_faim.classes",
+    "rename_classes": "timm_faim.classes",
     "save_model": "timm_faim.hub",
 }
 
