@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             images = _add(args, opened.model, names, images)
     now = class_names(opened.model)
-    write_run(opened.model, output, record_now(opened.record, images, args.command == "rename"))
+    try:
+        write_run(opened.model, output, record_now(opened.record, images, args.command == "rename"))
+    except OSError as e:
+        raise UserError(f"cannot write {output}: {e.strerror or e}. Choose another folder with -o") from e
     print(f"{len(names)} classes before, {len(now)} now; written: {output}")
 
 
@@ -66,7 +69,7 @@ def pairs_of(words: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: neither of these; one old name twice.
     """
-    if len(words) == 2 and (words[0] in names or not all("=" in word for word in words)):
+    if len(words) == 2 and (words[0] in names or not any("=" in word for word in words)):
         return {words[0]: words[1]}
     pairs = {}
     for word in words:
