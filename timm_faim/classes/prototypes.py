@@ -9,13 +9,14 @@ Shapes: C classes before, S sources of one class, D features.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from timm_faim.head import FAIMHead
+from timm_faim.run.errors import few
 
 from .features import Means
 
@@ -37,7 +38,7 @@ class Source:
 
 
 @torch.no_grad()
-def rebuild_(head: FAIMHead, sources: Sequence[Source], weights: Sequence[Tensor], fresh_KD: Tensor | None) -> None:
+def rebuild_(head: FAIMHead, sources: Sequence[Source], weights: Mapping[int, Tensor], fresh_KD: Tensor | None) -> None:
     """Set μ and the prior of ``head`` to those of other classes, in place.
 
     A merged class has the log of its classes' summed priors, one of images alone the mean of all.
@@ -45,44 +46,44 @@ def rebuild_(head: FAIMHead, sources: Sequence[Source], weights: Sequence[Tensor
     Args:
         head: of the classes before.
         sources: the classes in their new order.
-        weights: of each class's sources [S], of sum 1.
+        weights: of the sources [S] of each class that does not just stay, by its place; of sum 1.
         fresh_KD: mean features of the new images.
     """
     mu_CD = head.mu.double()
     fresh_KD = mu_CD[:0] if fresh_KD is None else fresh_KD.to(mu_CD)
     points_KD = head.embed(fresh_KD) if head.center is not None else head.project(fresh_KD)
-    points_CD = head.project(mu_CD)
     length = mu_CD.norm(dim=1).median()
-    rows, priors = [], []
-    for source, weight_S in zip(sources, weights, strict=True):
-        before, new = list(source.before), [] if source.fresh is None else [source.fresh]
+    first = [source.before[0] if source.before else 0 for source in sources]  # what does not stay is set below
+    rows_CD = head.mu[first]
+    prior_C = None if head.prior is None else head.prior[first]
+    for i, weight_S in weights.items():
+        before, new = list(sources[i].before), [] if sources[i].fresh is None else [sources[i].fresh]
+        points_SD = torch.cat([head.project(mu_CD[before]), points_KD[new]]).double()
+        row_D = _mean(points_SD, weight_S.to(points_SD), None if head.is_flat else head.parts)
+        rows_CD[i] = row_D if head.is_flat else row_D * (length / row_D.norm())
+        if prior_C is not None:
+            prior_C[i] = head.prior[before].double().logsumexp(0) if before else head.prior.double().mean()
+    head.mu = nn.Parameter(rows_CD, requires_grad=head.mu.requires_grad)
+    if prior_C is not None:
+        head.prior = nn.Parameter(prior_C, requires_grad=head.prior.requires_grad)
+
+
+def weights_of(sources: Sequence[Source], images: Sequence[int] | None, means: Means | None) -> dict[int, Tensor]:
+    """Weights [S] of the sources of each class that does not just stay, by its place, of sum 1: by training images, or
+    alike where those are not known."""
+    weights, alike = {}, []
+    for i, source in enumerate(sources):
         if source.stays:
-            rows.append(head.mu[before[0]])
-        else:
-            points_SD = torch.cat([points_CD[before], points_KD[new]]).double()
-            row_D = _mean(points_SD, weight_S.to(points_SD), head.parts if not head.is_flat else None)
-            rows.append((row_D if head.is_flat else row_D * (length / row_D.norm())).to(head.mu.dtype))
-        if head.prior is not None:
-            mass = head.prior[before].double().logsumexp(0) if before else head.prior.double().mean()
-            priors.append(head.prior[before[0]] if source.stays else mass.to(head.prior.dtype))
-    head.mu = _like(head.mu, torch.stack(rows))
-    if head.prior is not None:
-        head.prior = _like(head.prior, torch.stack(priors))
-
-
-def weights_of(sources: Sequence[Source], images: Sequence[int] | None, means: Means | None) -> list[Tensor]:
-    """Weights [S] of each class's sources, of sum 1: by training images, or alike where those are not known."""
-    weights, alike = [], []
-    for source in sources:
+            continue
         counts = [None if images is None else images[k] for k in source.before]
         counts += [] if source.fresh is None or means is None else [means.counts[source.fresh]]
         known = [1 if count is None else count for count in counts]
         if len(counts) > 1 and (None in counts or not sum(known)):
             known = [1] * len(counts)
             alike.append(source.name)
-        weights.append(torch.tensor(known, dtype=torch.float64) / max(1, sum(known)))
+        weights[i] = torch.tensor(known, dtype=torch.float64) / sum(known)
     if alike:
-        _logger.warning(f"training images of the classes are not known: equal weights make {', '.join(alike)}")
+        _logger.warning(f"training images of the classes are not known: equal weights make {few(alike)}")
     return weights
 
 
@@ -108,7 +109,3 @@ def _mean(points_SD: Tensor, weight_S: Tensor, parts: Sequence[int] | None) -> T
     return torch.cat(
         [piece / piece.norm().clamp_min(1e-12) * (weight_S @ whole.norm(dim=1)) for piece, whole in pieces]
     )
-
-
-def _like(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    return nn.Parameter(rows.detach().clone(), requires_grad=parameter.requires_grad)
