@@ -1,7 +1,10 @@
 """timm-faim classes: a run in, a folder that timm opens out, whole or not at all."""
 
 import json
+import re
+import shlex
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +206,14 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write .*No space left"):
         classes(["remove", str(saved), "dog", "-o", str(tmp_path / "new")])
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_commands_of_the_how_to_parse():
+    text = (Path(__file__).parents[1] / "docs" / "classes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    named = {build_parser("classes").parse_args(shlex.split(line, comments=True)[2:]).command
+             for line in block.splitlines()}  # fmt: skip
+    assert named == {"list", "add", "remove", "merge", "rename"}
 
 
 def test_each_command_has_help(capsys):

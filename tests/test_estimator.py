@@ -2,7 +2,9 @@
 
 import builtins
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +188,12 @@ def test_copies_and_company():
     search = GridSearchCV(make_pipeline(StandardScaler(), FAIMClassifier()),
                           {"faimclassifier__shrinkage": [0.1, 0.9]}, cv=2)  # fmt: skip
     assert search.fit(X, y).score(X, y) > 0.9
+
+
+def test_the_how_to_has_the_parameters():
+    text = (Path(__file__).parents[1] / "docs" / "estimator.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(FAIMClassifier().get_params())
 
 
 def test_without_sklearn_the_error_says_what_to_install(monkeypatch):
