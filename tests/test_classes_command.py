@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runs import make_images
 from timm.data import resolve_input_data_config
 
 from timm_faim import faim_heads, fit_
+from timm_faim.calibration import Calibration
 from timm_faim.commands import build_parser, run_command
 from timm_faim.hub import save_model
 from timm_faim.hub.package import Release, build_package
@@ -24,7 +26,16 @@ from timm_faim.run.record import write_record
 
 classes = partial(run_command, "classes")
 NAMES = ["bird", "cat", "dog"]
-CALIBRATION = {"unknown": {"threshold": 0.5}, "set_threshold": 3.0}
+CALIBRATION = Calibration(
+    temperature=0.8,
+    images=12,
+    source="validation",
+    ece_before=3.0,
+    ece_after=None,
+    reject={0.05: -0.5},
+    sets={0.9: 0.7},
+)
+WITHOUT_SETS = replace(CALIBRATION, sets={}).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,7 @@ def save(folder, data, names=NAMES, arch="faim_test_resnet", record=True):
         fit_(model, loader_of(images, config, torch.device("cpu"), batch_size=64, workers=0))
     save_model(model, folder, names)
     if record:
-        write_record(folder / "config.json", images=[4, 5, 6], calibration=CALIBRATION)
+        write_record(folder / "config.json", images=[4, 5, 6], calibration=CALIBRATION.to_json())
     return folder
 
 
@@ -94,7 +105,7 @@ def test_added_classes_are_in_the_new_folder_and_the_run_is_as_it_was(saved, fur
     config = config_of(new)
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 5
     assert config["label_names"] == [*NAMES, "elk", "fox"]
-    assert config["classifier"] == {"images": [4, 5, 6, 4, 4], "calibration": {"unknown": {"threshold": 0.5}}}
+    assert config["classifier"] == {"images": [4, 5, 6, 4, 4], "calibration": WITHOUT_SETS}
     assert torch.equal(rows(new)[:3], rows(saved))
     found = opened(new)
     loader = loader_of(open_folder(str(further), "DIR", 3, False), resolve_input_data_config(found),
@@ -119,7 +130,7 @@ def test_merge_and_rename(saved, tmp_path):
     merged, renamed = tmp_path / "merged", tmp_path / "renamed"
     classes(["merge", str(saved), "pet", "dog", "cat", "-o", str(merged)])
     assert config_of(merged)["label_names"] == ["bird", "pet"]
-    assert config_of(merged)["classifier"] == {"images": [4, 11], "calibration": {"unknown": {"threshold": 0.5}}}
+    assert config_of(merged)["classifier"] == {"images": [4, 11], "calibration": WITHOUT_SETS}
     wanted = config_of(saved) | {"label_descriptions": {"bird": "flies", "cat": "purrs"}}
     (saved / "config.json").write_text(json.dumps(wanted))
     classes(["rename", str(saved), "dog=cat", "cat=dog", "-o", str(renamed)])

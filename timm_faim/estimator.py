@@ -1,11 +1,9 @@
 """FAIMClassifier: the closed form of a FAIM head as a scikit-learn estimator, for feature vectors.
 
 γ changes probabilities and not predictions. Cross-fitting finds it: heads fitted without a part of the samples give
-distances of that part, and γ minimises their mean cross entropy, which is convex in it (temperature scaling; Platt
-1999, Guo et al. 2017). As in Platt's, targets are smoothed by 1/(M + 2) of M samples, so that separable data have a
-minimum.
+logits of that part, and the temperature of all these makes γ what it is (Guo et al. 2017).
 
-Shapes: N samples, C classes, D features, M samples held out in turn.
+Shapes: N samples, C classes, D features.
 """
 
 import copy
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from timm_faim.calibration import fit_temperature
 from timm_faim.head import SPACES, FAIMHead
 from timm_faim.head.closed_form import fit_from_statistics_
 from timm_faim.head.fit import fitted_features
@@ -23,7 +22,6 @@ from timm_faim.head.statistics import HeadStatistics
 from timm_faim.metric import checked_number
 
 try:
-    from scipy.optimize import brentq
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.utils import gen_batches
     from sklearn.utils.multiclass import check_classification_targets
@@ -35,7 +33,6 @@ GAMMA = 16.0  # where there is nothing to find it from: that of a fresh head
 FOLDS = 3
 ROWS = 4096  # that become tensors at a time
 _MOST_HELD_OUT = 20_000  # samples enough for one number
-_SLOWEST, _STEEPEST = 1e-3, 1e4  # between which γ is searched for
 _INPUT = {"dtype": [np.float64, np.float32]}
 
 
@@ -174,6 +171,7 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
             parts=tuple(self.parts or ()),
             part_weights=tuple(self.part_weights or ()),
             rank=self.rank,
+            scale_init=GAMMA,
             dtype=torch.float64,
         ).eval()
 
@@ -214,9 +212,10 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
                 head = self._solved(self._summed(X[rest], targets[rest], num_classes))
             except ValueError:  # what is left may all be equal
                 return None
-            logits += [head(_tensor(X[rows])) / head.scale for rows in _batches(held)]
+            logits += [head(_tensor(X[rows])) for rows in _batches(held)]
             answers.append(torch.tensor(targets[held]))
-        return _best_scale(torch.cat(logits), torch.cat(answers)) if logits else None
+        # doubt, as where classes are told apart without an error nothing else bounds γ
+        return GAMMA / fit_temperature(torch.cat(logits), torch.cat(answers), doubt=1.0) if logits else None
 
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self)
@@ -243,18 +242,3 @@ def _folds(targets: np.ndarray) -> np.ndarray:
     place = np.empty_like(order)
     place[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[targets[order]]
     return np.where(counts[targets] > 1, place % FOLDS, -1)
-
-
-def _best_scale(logits_MC: Tensor, targets_M: Tensor) -> float:
-    """The factor of logits that minimises their smoothed cross entropy, within bounds."""
-    M, C = logits_MC.shape
-    wanted_MC = torch.full_like(logits_MC, 1.0 / (M + 2) / C)
-    wanted_MC[torch.arange(M), targets_M] += 1.0 - 1.0 / (M + 2)
-
-    def slope(log_scale: float) -> float:
-        return (((np.exp(log_scale) * logits_MC).softmax(1) - wanted_MC) * logits_MC).sum().item()
-
-    least, most = np.log(_SLOWEST), np.log(_STEEPEST)
-    if slope(least) >= 0:
-        return _SLOWEST
-    return float(np.exp(brentq(slope, least, most, xtol=1e-6))) if slope(most) > 0 else _STEEPEST

@@ -7,16 +7,15 @@ others, on the mean of the last map ("mean") or on mean and second moments ("mom
 of known classes are set against those of unknown classes, and of another data set ("far"): area under the ROC curve,
 and the share of unknown images that is accepted where 95 % of the known ones are ("FPR95"). T and all parameters are
 those that do best on known training images, with a third of the known classes taken as unknown in turn; no validation
-image and no unknown class chooses anything. Whole images squashed to 160 px; lines that the output has are not computed
-again.
+image and no unknown class chooses anything. Beside that heads of few known classes are measured, all others unknown.
+Whole images squashed to 160 px; lines that the output has are not computed again.
 """
 
 import argparse
 import sys
 import time
-from collections import defaultdict
+from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 from features import CACHE, named_folders
@@ -24,15 +23,15 @@ from frozen import VERSIONS, Log
 from maps import Frozen, Recipe, fitted_moments, second_moments
 from settings import STAGES
 from sklearn.metrics import roc_auc_score
-from tables import interval, show
+from tables import show
 from torch import Tensor
 from unknown_scores import Known, Parts, all_scores, by_name, chosen_parameters, temperature
+from unknown_tables import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
 
 KINDS = {"mean": ("mean",), "moments": ("mean", "moments")}
-CHOSEN = "nearest prototype = max logit"
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:
@@ -60,97 +59,37 @@ def features(frozen: Frozen, far: Frozen | None, kept: Tensor, recipe: Recipe) -
     return seen, test, {"mean": far.of(view, "mean")[1], "moments": second_moments(moments, far.of(view, stage)[1])}
 
 
-def run(frozen: Frozen, far: Frozen | None, recipe: Recipe, seed: int) -> dict[str, dict]:
-    """Kind of features -> results."""
+def run(frozen: Frozen, far: Frozen | None, recipe: Recipe, seed: int, few: int = 0) -> dict[str, dict]:
+    """Kind of features -> results. With ``few`` known classes only of scores that have nothing to choose."""
     C = int(frozen.train_N.max()) + 1
-    own = torch.randperm(C, generator=torch.Generator().manual_seed(seed))[C // 3 :].sort().values
+    drawn = torch.randperm(C, generator=torch.Generator().manual_seed(seed))
+    own = drawn[-few if few else C // 3 :].sort().values
     kept = torch.isin(frozen.train_N, own).nonzero().flatten()
     y = torch.searchsorted(own, frozen.train_N[kept])
-    seen, test, others = features(frozen, far, kept, recipe)
+    seen, test, others = features(frozen, None if few else far, kept, recipe)
     is_known = torch.isin(frozen.val_N, own)
     found = {}
     for kind, names in KINDS.items():
         T = temperature(seen, names, y, len(own))
-        parameters = chosen_parameters(seen, names, y, len(own), T, seed, auroc)
+        parameters = {} if few else chosen_parameters(seen, names, y, len(own), T, seed, auroc)
         known = Known(seen, names, y, len(own), T)
-        scores, logits = all_scores(known, test, gaussians=True)
+        whole = {name: torch.cat([x, others[name]]) if others else x for name, x in test.items()}
+        scores, logits = all_scores(known, whole, features=not few, gaussians=not few)
+        chosen, n = by_name(scores, parameters), len(is_known)
         found[kind] = {
             "T": T,
             "parameters": parameters,
-            "top1": 100.0 * (own[logits.argmax(1)] == frozen.val_N)[is_known].double().mean().item(),
-            "near": measured(by_name(scores, parameters), is_known),
+            "top1": 100.0 * (own[logits[:n].argmax(1)] == frozen.val_N)[is_known].double().mean().item(),
+            "near": {name: measured(s[:n][is_known], s[:n][~is_known]) for name, s in chosen.items()},
         }
         if others:
-            both = {name: torch.cat([x[is_known], others[name]]) for name, x in test.items()}
-            far_scores, _ = all_scores(known, both, gaussians=True)
-            count = int(is_known.sum())
-            found[kind]["far"] = measured(by_name(far_scores, parameters), torch.arange(len(both["mean"])) < count)
+            found[kind]["far"] = {name: measured(s[:n][is_known], s[n:]) for name, s in chosen.items()}
     return found
 
 
-def measured(scores: dict[str, Tensor], is_known: Tensor) -> dict[str, list[float]]:
-    """Score -> AUROC and FPR95."""
-    return {name: [auroc(s[is_known], s[~is_known]), fpr95(s[is_known], s[~is_known])] for name, s in scores.items()}
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
-
-
-def report(lines: list[dict]) -> list[str]:
-    """A table of each kind of unknown images, and the chosen score against the others in pairs."""
-    values: dict[str, dict[str, dict[tuple, list]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    about = defaultdict(list)
-    for line in lines:
-        config = line["config"]
-        place = config["backbone"], config["data"], config["features"]
-        about[place].append((line["T"], line["top1"]))
-        for how in ("near", "far"):
-            for name, pair in line.get(how, {}).items():
-                values[how][name][place].append(pair)
-    page = ["Top-1 on known classes in %, and T:", "", "| backbone | data | features | top-1 | T |"]
-    page.append("|---|---|---|---:|---:|")
-    for (backbone, data, kind), each in sorted(about.items()):
-        T, top1 = ([pair[i] for pair in each] for i in range(2))
-        page.append(f"| {backbone} | {data} | {kind} | {spread(top1)} | {spread(T, 3)} |")
-    for how, title in (("near", "Unknown classes of the same data"), ("far", "Another data set")):
-        for backbone in sorted({place[0] for place in about}):
-            page += ["", f"## {title}, {backbone}: AUROC / FPR95 in %, mean ± standard deviation over splits", ""]
-            page += table({n: {p: v for p, v in each.items() if p[0] == backbone} for n, each in values[how].items()})
-    for how in values:
-        page += ["", f'## AUROC of a score less that of "{CHOSEN}", {how}: points, 95 % t-interval over splits', ""]
-        page += differences(values[how])
-    return page
-
-
-def table(values: dict[str, dict[tuple, list]]) -> list[str]:
-    places = sorted({place for each in values.values() for place in each})
-    lines = ["| score | " + " | ".join(f"{data}, {kind}" for _, data, kind in places) + " | mean |",
-             "|---" + "|---:" * (len(places) + 1) + "|"]  # fmt: skip
-    means = {name: mean(mean(a for a, _ in each[p]) for p in places) for name, each in values.items()}
-    for name in sorted(values, key=lambda name: (-means[name], name)):
-        each = values[name]
-        cells = [f"{spread([a for a, _ in each[p]])} / {spread([f for _, f in each[p]])}" for p in places]
-        false = mean(mean(f for _, f in each[p]) for p in places)
-        lines.append(f"| {name} | {' | '.join(cells)} | {means[name]:.2f} / {false:.1f} |")
-    return lines
-
-
-def differences(values: dict[str, dict[tuple, list]]) -> list[str]:
-    sets = sorted({place[1] for each in values.values() for place in each})
-    lines = ["| score | " + " | ".join(sets) + " |", "|---" + "|---:" * len(sets) + "|"]
-    for name, each in values.items():
-        if name == CHOSEN:
-            continue
-        cells = []
-        for data in sets:
-            pairs = [(mine[0], own[0]) for p in each if p[1] == data
-                     for mine, own in zip(each[p], values[CHOSEN][p], strict=True)]  # fmt: skip
-            cells.append(interval([mine - own for mine, own in pairs]))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+def measured(known: Tensor, unknown: Tensor) -> list[float]:
+    """AUROC and FPR95."""
+    return [auroc(known, unknown), fpr95(known, unknown)]
 
 
 def main() -> None:
@@ -159,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders with train/ and val/")
     parser.add_argument("--far", nargs=1, default=[], metavar="NAME=DIR", help="data that are unknown to all others")
     parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--few", nargs="*", type=int, default=[3, 5, 10, 20], help="numbers of known classes, beside")
     parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for maps")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "unknown.jsonl")
     args = parser.parse_args()
@@ -168,14 +108,18 @@ def main() -> None:
         far = others[0] if others else None
         for data, folder in named_folders(args.data).items():
             frozen, recipe = Frozen(folder, weights, backbone, args.cache), Recipe(stage=STAGES[backbone])
-            for seed in range(args.splits):
-                configs = {kind: {"backbone": backbone, "data": data, "features": kind} for kind in KINDS}
+            for few, seed in product((0, *args.few), range(args.splits)):
+                fixed = {"backbone": backbone, "data": data} | ({"known": few} if few else {})
+                configs = {kind: fixed | {"features": kind} for kind in KINDS}
                 if all(log.find(config, seed) for config in configs.values()):
                     continue
                 began = time.time()
-                for kind, got in run(frozen, far, recipe, seed).items():
+                for kind, got in run(frozen, far, recipe, seed, few).items():
                     log.add(configs[kind], seed, **got, data_hash=frozen.data_hash)
-                print(f"{backbone}, {data}, split {seed}: {time.time() - began:.1f} s", flush=True)
+                print(
+                    f"{backbone}, {data}, {few or 'most'} classes, split {seed}: {time.time() - began:.1f} s",
+                    flush=True,
+                )
     command = f"python benchmarks/accuracy/unknown.py --weights NAME=FILE … --data NAME=DIR … --far {far_name}=DIR"
     show(["# Unknown classes", "", headline(command, cuda=False), f"scikit-learn {VERSIONS['scikit-learn']}", "",
           *report(list(log.done.values()))], args.output.with_suffix(".md"))  # fmt: skip

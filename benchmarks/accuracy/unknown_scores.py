@@ -4,6 +4,7 @@ Shapes: N training and B test images, C classes, D features of a part.
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from heads import class_means
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_faim import FAIMHead, fit_
-from timm_faim.calibration import fit_temperature
+from timm_faim.calibration import fit_temperature, known_score
 
+CHOSEN, NEAREST = "3/4 probability, rest distance, at 2 T", "nearest prototype = max logit"
 SHRINKAGE = 0.3  # as the head's own
 FOLDS = 5
 MOMENTS_WEIGHT = 0.75  # as models with moments have it
@@ -62,14 +64,14 @@ class Gaussian:
         e, V = torch.linalg.eigh(rows @ rows.t() if len(rows) < rows.shape[1] else rows.t() @ rows)
         kept = e > 1e-10 * e[-1]
         e, V = e[kept], V[:, kept]
-        self.U = (rows.t() @ V) / e.sqrt() if len(rows) < rows.shape[1] else V
+        self.U = ((rows.t() @ V) / e.sqrt() if len(rows) < rows.shape[1] else V).float()
         self.floor = SHRINKAGE * (rows.square().sum() / degrees / rows.shape[1])
         self.gain = 1.0 - self.floor / ((1.0 - SHRINKAGE) * e / degrees + self.floor)
 
     def whiten(self, v: Tensor) -> Tensor:
         """Rows whose squares add up to it."""
-        y = v.double() @ self.U
-        return (v.double() - (y * (1.0 - (1.0 - self.gain).sqrt())) @ self.U.t()) / (self.floor * v.shape[1]).sqrt()
+        shrunk = (v @ self.U) * (1.0 - (1.0 - self.gain).sqrt()).float()
+        return (v - shrunk @ self.U.t()) / (self.floor * v.shape[1]).sqrt().float()
 
 
 class Known:
@@ -90,7 +92,7 @@ class Known:
         log_p, best = (logits / self.T).log_softmax(1), logits.topk(2, 1).values
         energy = (logits / self.T).logsumexp(1)
         found: Scores = {
-            ("nearest prototype = max logit", None): best[:, 0],
+            (NEAREST, None): best[:, 0],
             ("probability at T", None): log_p.amax(1),
             ("probability at γ = 16", None): logits.log_softmax(1).amax(1),
             ("margin of the two best", None): best[:, 0] - best[:, 1],
@@ -102,6 +104,12 @@ class Known:
             ("nearest - mean of all", None): best[:, 0] - logits.mean(1),
             ("nearest and probability, half each", None): best[:, 0] / self.T - 0.5 * energy,
         }
+        warm = logits / (2.0 * self.T)
+        for share in ("1/2", "9/10"):
+            found[f"{share} probability, rest distance, at 2 T", None] = warm.amax(1) - float(
+                Fraction(share)
+            ) * warm.logsumexp(1)
+        found[CHOSEN, None] = known_score(logits / self.T)
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             found["nearest and probability, share by CV", share] = best[:, 0] / self.T - share * energy
         for temper in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
@@ -173,11 +181,11 @@ class Known:
         return {("Mahalanobis", None): -nearest.amin(1), ("relative Mahalanobis", None): whole - nearest.amin(1)}
 
 
-def all_scores(known: Known, test: Parts, gaussians: bool) -> tuple[Scores, Tensor]:
+def all_scores(known: Known, test: Parts, features: bool, gaussians: bool) -> tuple[Scores, Tensor]:
     """Every score of test images, and their logits."""
     with torch.no_grad():
         logits = known.head(joined(test, known.names))
-    found = known.logit_scores(logits) | known.feature_scores(test, logits)
+    found = known.logit_scores(logits) | (known.feature_scores(test, logits) if features else {})
     return found | (known.gaussian_scores(test) if gaussians else {}), logits
 
 
@@ -200,7 +208,7 @@ def chosen_parameters(seen: Parts, names: tuple[str, ...], y: Tensor, classes: i
         own = y[fit].unique()
         known = Known({p: x[fit] for p, x in seen.items()}, names, torch.searchsorted(own, y[fit]), len(own), T)
         rows = torch.cat([held, out])
-        scores, _ = all_scores(known, {p: x[rows] for p, x in seen.items()}, gaussians=False)
+        scores, _ = all_scores(known, {p: x[rows] for p, x in seen.items()}, features=True, gaussians=False)
         for key, value in scores.items():
             if key[1] is not None:
                 totals[key] = totals.get(key, 0.0) + measure(value[: len(held)], value[len(held) :])
@@ -219,4 +227,4 @@ def by_name(scores: Scores, parameters: dict[str, float | None]) -> dict[str, Te
 def temperature(seen: Parts, names: tuple[str, ...], y: Tensor, classes: int) -> float:
     """T from training images, each under a head that is fitted without it."""
     x, widths = joined(seen, names), [seen[name].shape[1] for name in names]
-    return fit_temperature(*held_out_logits(x, widths, y, classes, FOLDS))
+    return fit_temperature(*held_out_logits(x, widths, y, classes, FOLDS), doubt=1.0)

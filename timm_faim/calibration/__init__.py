@@ -1,5 +1,24 @@
 """Confidence that is accuracy, and "none of these": temperature, rejection and sets of classes with a known rate."""
 
+from .calibration import COVERAGES, RATES, SOURCES, Calibration, calibrate
+from .conformal import prediction_sets, set_threshold, threshold
+from .error import BINS, calibration_error, reliability
+from .score import known_score
 from .temperature import apply_temperature_, fit_temperature
 
-__all__ = ["apply_temperature_", "fit_temperature"]
+__all__ = [
+    "BINS",
+    "COVERAGES",
+    "RATES",
+    "SOURCES",
+    "Calibration",
+    "apply_temperature_",
+    "calibrate",
+    "calibration_error",
+    "fit_temperature",
+    "known_score",
+    "prediction_sets",
+    "reliability",
+    "set_threshold",
+    "threshold",
+]

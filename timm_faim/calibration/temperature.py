@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_faim.head import faim_heads
+from timm_faim.metric import checked_number
 
 from .checked import checked_rows
 
@@ -17,7 +18,7 @@ _STEPS, _CLOSE = 100, 1e-12  # of the search for log T
 _AT_ONCE = 1 << 22  # numbers in float64
 
 
-def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+def fit_temperature(logits: Tensor, targets: Tensor, doubt: float = 0.0) -> float:
     """The T in [1/100, 100] with the least cross entropy of ``logits / T``.
 
     The cross entropy is convex in 1/T, so its slope has one root at most: Newton's steps, kept inside a bracket that
@@ -28,22 +29,30 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     Args:
         logits: [N, C] of images that the classifier has not been fitted to.
         targets: class indices [N].
+        doubt: so many images >= 0 are added, each a mixture of the N with their likeliest wrong class for the right
+            one. With 1, N images that are all classified rightly give a confidence near N / (N + 1) and not certainty
+            (after Platt 1999, who adds such images to fit his sigmoid); where there are errors it changes little.
 
     Raises:
-        ValueError: no images, targets outside the classes, logits that are not finite.
+        ValueError: no images, targets outside the classes, logits that are not finite, a negative doubt.
     """
     logits_NC, y_N = checked_rows("logits", logits, targets), targets.to(logits.device).long()
+    doubt = checked_number("doubt", doubt)
     logits_NC = logits_NC - logits_NC.amax(1, keepdim=True)
     if not logits_NC.any():
         return 1.0
+    own_N1 = logits_NC.gather(1, y_N[:, None])
+    wrong_N = logits_NC.scatter(1, y_N[:, None], -math.inf).amax(1)
+    share = doubt / (len(y_N) + doubt)
+    right = (1.0 - share) * own_N1.mean().item() + share * wrong_N.mean().item()  # the mean logit of what is right
     low, high = -math.log(MOST), -math.log(LEAST)  # of s = log 1/T; the slope grows with s
-    if _slope(logits_NC, y_N, high)[0] <= 0.0:
+    if _slope(logits_NC, right, high)[0] <= 0.0:
         return LEAST
-    if _slope(logits_NC, y_N, low)[0] >= 0.0:
+    if _slope(logits_NC, right, low)[0] >= 0.0:
         return MOST
     s = 0.0
     for _ in range(_STEPS):
-        slope, curvature = _slope(logits_NC, y_N, s)
+        slope, curvature = _slope(logits_NC, right, s)
         low, high = (s, high) if slope < 0.0 else (low, s)
         step = slope / curvature if curvature > 0.0 else math.inf
         wanted = s - step
@@ -55,16 +64,15 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp(-s)
 
 
-def _slope(logits_NC: Tensor, y_N: Tensor, s: float) -> tuple[float, float]:
-    """Of the mean cross entropy of β · logits, β = exp(s): its derivative by β, and that one's derivative by s."""
-    beta, slope, curvature = math.exp(s), 0.0, 0.0
-    rows = max(1, _AT_ONCE // logits_NC.shape[1])
-    for l_BC, y_B in zip(logits_NC.split(rows), y_N.split(rows), strict=True):
+def _slope(logits_NC: Tensor, right: float, s: float) -> tuple[float, float]:
+    """Of the mean cross entropy of β · logits, β = exp(s), the derivative by β, and that one's derivative by s."""
+    beta, mean, variance = math.exp(s), 0.0, 0.0
+    for l_BC in logits_NC.split(max(1, _AT_ONCE // logits_NC.shape[1])):
         p_BC = (beta * l_BC).softmax(1)
         mean_B = (p_BC * l_BC).sum(1)
-        slope += (mean_B - l_BC.gather(1, y_B[:, None])[:, 0]).sum().item()
-        curvature += (p_BC * (l_BC - mean_B[:, None]).square()).sum().item()
-    return slope / len(y_N), beta * curvature / len(y_N)
+        mean += mean_B.sum().item()
+        variance += (p_BC * (l_BC - mean_B[:, None]).square()).sum().item()
+    return mean / len(logits_NC) - right, beta * variance / len(logits_NC)
 
 
 @torch.no_grad()

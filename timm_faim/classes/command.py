@@ -85,11 +85,11 @@ def pairs_of(words: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 
 def record_now(record: Mapping[str, Any], images: Sequence[int] | None, same_classes: bool) -> dict[str, Any]:
-    """The record of the changed model: thresholds of a score hold on, those of sets of its classes do not."""
+    """The record of the changed model: a calibration loses its thresholds of sets, which are of the old classes."""
     now = dict(record, images=None if images is None else list(images))
     calibration = now.get("calibration")
-    if not same_classes and isinstance(calibration, dict):
-        now["calibration"] = {key: value for key, value in calibration.items() if "set" not in key.split("_")} or None
+    if not same_classes and isinstance(calibration, Mapping) and "sets" in calibration:
+        now["calibration"] = dict(calibration, sets={})
     return now
 
 

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
+from timm_faim.calibration import BINS, reliability
 from timm_faim.report.predictions import predictions
 from timm_faim.run.errors import UserError
 from timm_faim.run.gather import gather_rows
 
-BINS = 15  # of the calibration error, as in Guo et al. 2017
 MOST_CONFUSED = 50  # rows of most_confused.csv
 
 
@@ -107,10 +107,8 @@ class Evaluation:
 
         Bin m of M holds the confidences in ((m - 1)/M, m/M].
         """
-        number = np.clip(np.ceil(self.confidence.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
-        counts = np.bincount(number, minlength=bins)
-        confidence = np.bincount(number, weights=self.confidence, minlength=bins) / counts.clip(1)
-        accuracy = np.bincount(number, weights=self.correct, minlength=bins) / counts.clip(1)
+        found = reliability(torch.from_numpy(self.confidence), torch.from_numpy(self.correct), bins)
+        counts, confidence, accuracy = (each.numpy() for each in found)
         return counts, confidence, accuracy
 
     def ece(self, bins: int = BINS) -> float:
