@@ -42,6 +42,7 @@ __all__ = [
     "faim_heads",
     "fit_",
     "from_linear",
+    "load",
     "log_map",
     "merge_classes",
     "remove_classes",
@@ -57,6 +58,7 @@ _ON_DEMAND = {  # what imports more than the rest: what is optional; yaml and th
     "FAIMClassifier": "timm_faim.estimator",  # scikit-learn
     "FAIMDistance": "timm_faim.losses.distance",  # pytorch-metric-learning
     "add_classes": "timm_faim.classes",
+    "load": "timm_faim.classifier",
     "merge_classes": "timm_faim.classes",
     "remove_classes": "timm_faim.classes",
     "rename_classes": "timm_faim.classes",

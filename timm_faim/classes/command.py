@@ -19,7 +19,7 @@ from timm_faim.retrieval.images import Folder, loader_of, open_folder
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import check_writable, rename
 from timm_faim.run.opening import Opened, open_model
-from timm_faim.run.record import images_of, write_record
+from timm_faim.run.record import images_of
 from timm_faim.run.weights import LAST, save_config, save_weights
 
 
@@ -86,7 +86,9 @@ def pairs_of(words: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 def record_now(record: Mapping[str, Any], images: Sequence[int] | None, same_classes: bool) -> dict[str, Any]:
     """The record of the changed model: a calibration loses its thresholds of sets, which are of the old classes."""
-    now = dict(record, images=None if images is None else list(images))
+    now = {key: value for key, value in record.items() if key != "images"} | (
+        {} if images is None else {"images": images}
+    )
     calibration = now.get("calibration")
     if not same_classes and isinstance(calibration, Mapping) and "sets" in calibration:
         now["calibration"] = dict(calibration, sets={})
@@ -98,9 +100,8 @@ def write_run(model: nn.Module, folder: Path, record: Mapping[str, Any]) -> None
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         made = Path(temporary, "run")
         made.mkdir()
-        config = made / "config.json"
-        save_config(model, config, resolve_input_data_config(model), class_names(model), pretrained=True)
-        write_record(config, **record)
+        data_config = resolve_input_data_config(model)
+        save_config(model, made / "config.json", data_config, class_names(model), pretrained=True, record=record)
         save_weights(model.state_dict(), made, is_best=True)
         (made / LAST).unlink()
         if folder.exists():

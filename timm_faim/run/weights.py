@@ -13,7 +13,9 @@ from timm_faim.documents import read_json
 from timm_faim.models.config import resolve_faim_cfg
 from timm_faim.run.errors import UserError
 from timm_faim.run.files import atomic_write, link_as
+from timm_faim.run.record import KEY
 
+CONFIG = "config.json"
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
 TOP = "top"  # folder of the best epochs' weights
 
@@ -25,6 +27,7 @@ def save_config(
     label_names: list[str] | None,
     pretrained: bool,
     class_order: list[str] | None = None,
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json: architecture, arguments, preprocessing and labels.
 
@@ -36,6 +39,7 @@ def save_config(
             where there is no ``class_order``.
         pretrained: whether training began from published weights, whose tag and licence then stay on record.
         class_order: class names of the data, for a model that has more classes and so no `label_names`.
+        record: see `timm_faim.run.record`.
     """
     with atomic_write(path) as temporary:
         model_config = {"label_names": label_names} if label_names else {}
@@ -44,6 +48,8 @@ def save_config(
         if class_order and not label_names:
             config["class_order"] = class_order
         _move_names(config)
+        if record:
+            config[KEY] = record
         # transformers' timm wrapper passes the number of classes itself and fails on a second one.
         config.get("model_args", {}).pop("num_classes", None)
         if not pretrained:
@@ -108,14 +114,14 @@ def keep_best_epochs(
 
 def saved_class_order(folder: Path) -> list[str] | None:
     """The class names of the data in a run folder's config.json; None where there are none."""
-    config = _saved_config(folder)
+    config = saved_config(folder)
     names = config.get("label_names") or config.get("class_order")
     return names if isinstance(names, list) else None
 
 
 def saved_faim_cfg(folder: Path) -> dict[str, Any] | None:
     """The head's options in a run folder's config.json, completed; None where there are none that can be read."""
-    arguments = _saved_config(folder).get("model_args")
+    arguments = saved_config(folder).get("model_args")
     given = arguments.get("faim_cfg") if isinstance(arguments, dict) else None
     try:
         return None if given is None else resolve_faim_cfg(given)
@@ -146,9 +152,10 @@ def check_same_head(model: torch.nn.Module, folder: Path, asked: Collection[str]
         )
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
+def saved_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder; empty where there is none that can be read."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
