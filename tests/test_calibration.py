@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_faim import FAIMHead
+from timm_faim import FAIMHead, fit_
 from timm_faim.calibration import (
     COVERAGES,
     RATES,
@@ -16,8 +16,10 @@ from timm_faim.calibration import (
     apply_temperature_,
     calibrate,
     calibration_error,
+    cross_fitted_logits,
     fit_temperature,
     known_score,
+    lookalike_folds,
     prediction_sets,
     set_threshold,
     threshold,
@@ -230,6 +232,59 @@ def test_sets_cover(coverage):
         q = set_threshold(each[:5000], targets[:5000], coverage)
         hit = prediction_sets(each[5000:], q).gather(1, targets[5000:, None]).double().mean().item()
         assert hit > coverage - 0.012
+
+
+# held-out training images
+
+
+def test_look_alikes_are_held_out_together():
+    series = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    jitter = torch.rand(24, 2, generator=torch.Generator().manual_seed(0))
+    which = torch.arange(24) % 3
+    targets = torch.arange(24) // 12
+    folds = lookalike_folds(series[which] + jitter, targets, 3)
+    for label in (0, 1):
+        found = [set(folds[(targets == label) & (which == w)].tolist()) for w in range(3)]
+        assert [len(each) for each in found] == [1, 1, 1] and set.union(*found) == {0, 1, 2}
+
+
+def test_folds_leave_every_class_an_image():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 30, (120,), generator=generator)
+    points = torch.randn(120, 6, generator=generator)
+    for count in (2, 5, 200):
+        folds = lookalike_folds(points, targets, count)
+        assert int(folds.max()) < count
+        for label in targets.unique():
+            own = folds[targets == label]
+            assert own.tolist() == [-1] if len(own) == 1 else len(own.unique()) == min(count, len(own))
+
+
+def test_copies_of_one_image_are_not_held_out():
+    targets = torch.tensor([0, 0, 0, 1, 1, 2])
+    points = torch.tensor([[1.0], [1.0], [1.0], [0.0], [3.0], [5.0]])
+    folds = lookalike_folds(points, targets)
+    assert folds[:3].tolist() == [-1] * 3 and folds[5] == -1 and sorted(folds[3:5].tolist()) == [1, 2]
+    with pytest.raises(ValueError, match="2 folds"):
+        lookalike_folds(points, targets, 1)
+    with pytest.raises(ValueError, match=r"\[N, D\]"):
+        lookalike_folds(points, targets[:2])
+
+
+def test_held_out_logits_are_those_of_a_head_without_the_fold():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(40) % 4
+    x = 2.0 * torch.randn(4, 6, generator=generator)[targets] + torch.randn(40, 6, generator=generator)
+    folds = torch.arange(40) // 4 % 3 - 1
+    head = fit_(FAIMHead(6, 4), [(x, targets)])
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    logits, classes = cross_fitted_logits(head, x, targets, folds)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    expected = [fit_(FAIMHead(6, 4), [(x[folds != f], targets[folds != f])]).eval()(x[folds == f]) for f in (0, 1)]
+    torch.testing.assert_close(logits, torch.cat(expected).detach())
+    assert classes.tolist() == torch.cat([targets[folds == f] for f in (0, 1)]).tolist()
+    with pytest.raises(ValueError, match="no training image"):
+        cross_fitted_logits(head, x, targets, torch.full((40,), -1))
 
 
 # the score

@@ -3,18 +3,18 @@
     python benchmarks/accuracy/calibration.py --weights FILE --data NAME=DIR ...
 
 Heads are fitted in closed form to 2, 5 and all images of each class. T comes from training images, each under a head
-that is fitted without its fold (K folds), from leaving each image out of its prototype alone, from K = 2 and 5
-extrapolated to no image left out (log T linear in 1/K), and, to compare, from the validation images themselves: T of
-one half for the other. Thresholds and sets of classes come from the same held-out training images (5 folds), or from a
-half of the validation images for the other half. All is measured on validation images. Frozen tf_efficientnet_lite0,
-whole images squashed to 160 px; lines that the output has are not computed again.
+that is fitted without its fold: of random images, or of a class's look-alikes together; from leaving each image out of
+its prototype alone; from 2 and 5 random folds extrapolated to no image left out (log T linear in 1/K); and, to
+compare, from the validation images themselves, T of one half for the other. "doubt 1" adds an image of doubt.
+Thresholds and sets of classes come from the same held-out training images, or from a half of the validation images for
+the other half. All is measured on validation images. Frozen tf_efficientnet_lite0, whole images squashed to 160 px;
+lines that the output has are not computed again.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -31,15 +31,25 @@ from torch.nn.functional import cross_entropy
 from unknown_scores import Parts, cross_folds, fitted_head, held_out_logits, joined
 
 from timm_faim import FAIMHead
-from timm_faim.calibration import fit_temperature, prediction_sets, set_threshold, threshold
+from timm_faim.calibration import (
+    COVERAGES,
+    RATES,
+    cross_fitted_logits,
+    fit_temperature,
+    known_score,
+    lookalike_folds,
+    prediction_sets,
+    set_threshold,
+    threshold,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
 
 KINDS = {"mean": ("mean",), "moments": ("mean", "moments")}
 SHOTS = (2, 5, None)
-FOLDS, COVERAGES, RATES = (2, 3, 5, 10), (0.90, 0.95, 0.99), (0.01, 0.05, 0.10)
-CHOSEN = 5
+FOLDS, LOOKALIKES = (2, 5, 10), (5, 10)
+PLAIN, CHOSEN = "5 random folds", "5 folds of look-alikes"
 RAPS_WEIGHT, RAPS_FREE = 0.1, 2  # λ and k_reg (Angelopoulos et al. 2021, arXiv:2009.14193)
 
 
@@ -92,16 +102,9 @@ def covered(sets: Tensor, y: Tensor) -> list[float]:
     return [100.0 * sets.gather(1, y[:, None]).double().mean().item(), sets.sum(1).double().mean().item()]
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "max logit": lambda logits: logits.amax(1),
-    "probability": lambda logits: logits.log_softmax(1).amax(1),
-}
-
-
-def rejected_share(score: str, held: Tensor, test: Tensor, rate: float) -> float:
+def rejected_share(held: Tensor, test: Tensor, rate: float) -> float:
     """Images rejected in %, of test logits by the threshold of held-out ones."""
-    least = threshold(SCORES[score](held), rate)
-    return 100.0 * (SCORES[score](test) < least).double().mean().item()
+    return 100.0 * (known_score(test) < threshold(known_score(held), rate)).double().mean().item()
 
 
 @torch.no_grad()
@@ -111,13 +114,16 @@ def run(seen: Parts, test: Parts, names: tuple[str, ...], y: Tensor, val_y: Tens
     x = joined(seen, names)
     head = fitted_head(x, widths, y, C)
     val = head(joined(test, names))
-    held = {K: held_out_logits(x, widths, y, C, K, seed) for K in FOLDS}
-    T = {f"{K} folds": fit_temperature(*each) for K, each in held.items()}
-    T |= {f"{K} folds, doubt 1": fit_temperature(*held[K], doubt=1.0) for K in (CHOSEN, 10)}
+    points = head.embed(x)
+    held = {f"{K} random folds": held_out_logits(x, widths, y, C, K, seed) for K in FOLDS}
+    for K in LOOKALIKES:
+        held[f"{K} folds of look-alikes"] = cross_fitted_logits(head, x, y, lookalike_folds(points, y, K))
+    T = {name: fit_temperature(*each) for name, each in held.items()}
+    T[f"{PLAIN}, doubt 1"] = fit_temperature(*held[PLAIN], doubt=1.0)
+    T[f"{CHOSEN}, doubt 1"] = fit_temperature(*held[CHOSEN], doubt=1.0)
     T["left out of its prototype"] = fit_temperature(*leave_one_out(head, x, y))
-    T["2 and 5 folds, extrapolated"] = math.exp(
-        math.log(T["5 folds"]) + (math.log(T["5 folds"]) - math.log(T["2 folds"])) * 0.2 / 0.3
-    )
+    two, five = (math.log(T[f"{K} random folds"]) for K in (2, 5))
+    T["2 and 5 random folds, extrapolated"] = math.exp(five + (five - two) * 0.2 / 0.3)
     found = {"T = 1": {"T": 1.0, **judged(val, val_y)}}
     found |= {name: {"T": each, **judged(val / each, val_y)} for name, each in T.items()}
     parts = halves(val_y, seed)
@@ -128,28 +134,26 @@ def run(seen: Parts, test: Parts, names: tuple[str, ...], y: Tensor, val_y: Tens
         **judged(rest, torch.cat([val_y[b] for _, b in parts])),
     }
     found["all validation images"] = {"T": fit_temperature(val, val_y)}
-    logits, targets = held[CHOSEN]
-    own = logits / T[f"{CHOSEN} folds"]
-    calibrated = val / T[f"{CHOSEN} folds"]
-    rejected, sets, pairs = {}, {}, list(zip(parts, oracle, strict=True))
-    for name in SCORES:
-        for rate in RATES:
-            here = rejected_share(name, own, calibrated, rate)
-            there = [
-                rejected_share(name, val[a] / t, val[b] / t, rate) for (a, b), t in zip(parts, oracle, strict=True)
-            ]
-            rejected[f"{name} {rate:g}"] = [here, mean(there)]
+    sources = {name: (held[name][0] / T[name], held[name][1], val / T[name]) for name in (PLAIN, CHOSEN)}
+    pairs = list(zip(parts, oracle, strict=True))
+    rejected, sets = {}, {}
+    for rate in RATES:
+        here = [rejected_share(own, test, rate) for own, _, test in sources.values()]
+        rejected[f"{rate:g}"] = [*here, mean(rejected_share(val[a] / t, val[b] / t, rate) for (a, b), t in pairs)]
     for kind in ("LAC", "APS", "RAPS"):
         for coverage in COVERAGES:
-            here = covered(sets_by(kind, own.softmax(1), targets, calibrated.softmax(1), coverage), val_y)
+            here = [
+                covered(sets_by(kind, own.softmax(1), own_y, test.softmax(1), coverage), val_y)
+                for own, own_y, test in sources.values()
+            ]
             there = [
                 covered(sets_by(kind, (val[a] / t).softmax(1), val_y[a], (val[b] / t).softmax(1), coverage), val_y[b])
                 for (a, b), t in pairs
             ]
-            sets[f"{kind} {coverage:g}"] = [here, [mean(v) for v in zip(*there, strict=True)]]
+            sets[f"{kind} {coverage:g}"] = [*here, [mean(v) for v in zip(*there, strict=True)]]
     return {
         "top1": 100.0 * measures(val, val_y)["top1"],
-        "held_out_top1": 100.0 * measures(logits, targets)["top1"],
+        "held_out_top1": [100.0 * measures(*held[name])["top1"] for name in (PLAIN, CHOSEN)],
         "temperatures": found,
         "rejected": rejected,
         "sets": sets,
@@ -168,7 +172,7 @@ def main() -> None:
     for data, folder in named_folders(args.data).items():
         frozen = Frozen(folder, args.weights, LITE0, args.cache)
         for shots in SHOTS:
-            for seed in range(args.cuts):
+            for seed in range(args.cuts if shots else 1):
                 configs = {kind: {"data": data, "features": kind, "shots": shots or "all"} for kind in KINDS}
                 if all(log.find(config, seed) for config in configs.values()):
                     continue
