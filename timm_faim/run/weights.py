@@ -35,7 +35,8 @@ def save_config(
         model: model made by `timm.create_model`.
         path: the file.
         data_config: preprocessing that the model was trained with.
-        label_names: class names in the order of their indices.
+        label_names: class names in the order of their indices; None leaves those that the model's weights came with,
+            where there is no ``class_order``.
         pretrained: whether training began from published weights, whose tag and licence then stay on record.
         class_order: class names of the data, for a model that has more classes and so no `label_names`.
         record: see `timm_faim.run.record`.
@@ -46,6 +47,7 @@ def save_config(
         config = json.loads(temporary.read_text(encoding="utf-8"))
         if class_order and not label_names:
             config["class_order"] = class_order
+        _move_names(config)
         if record:
             config[KEY] = record
         # transformers' timm wrapper passes the number of classes itself and fails on a second one.
@@ -54,6 +56,16 @@ def save_config(
             for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
                 config["pretrained_cfg"].pop(key, None)
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_names(config: dict[str, Any]) -> None:
+    """Class names and descriptions that a model was opened with are in its pretrained_cfg; a config has them beside."""
+    brought = {key: config["pretrained_cfg"].pop(key, None) for key in ("label_names", "label_descriptions")}
+    if brought["label_names"] and "label_names" not in config and "class_order" not in config:
+        config["label_names"] = brought["label_names"]
+    names = set(config.get("label_names") or ())
+    if texts := {name: text for name, text in (brought["label_descriptions"] or {}).items() if name in names}:
+        config["label_descriptions"] = texts
 
 
 def save_weights(state: dict[str, torch.Tensor], folder: Path, is_best: bool) -> None:
