@@ -21,7 +21,7 @@ FLOORS = [
     {"images"},
     {"report"},
     {"training"},
-    {"hub", "retrieval"},
+    {"export", "hub", "retrieval"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

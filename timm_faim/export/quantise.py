@@ -1,0 +1,55 @@
+"""Static quantisation of an ONNX file to int8 by onnxruntime: weights per channel, activations by calibration."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter keeps the modules that a node came from
+_BATCH = 8
+
+
+def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
+    """Replace an ONNX file by its int8 version (QDQ).
+
+    Args:
+        path: of a float32 file that torch.onnx has written.
+        images: as the file takes them, for the ranges of the activations.
+        float_scopes: names of modules that stay in float32.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Batches(CalibrationDataReader):
+        def __init__(self, name: str) -> None:
+            self.batches: Iterator[dict[str, np.ndarray]] = iter([{name: b.numpy()} for b in images.split(_BATCH)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    model = onnx.load(path)
+    kept = {prop.key: prop.value for prop in model.metadata_props}
+    excluded = [node.name for node in model.graph.node if _within(node, float_scopes)]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        result = Path(folder, "int8.onnx")
+        quantize_static(
+            str(path),
+            str(result),
+            Batches(model.graph.input[0].name),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=excluded,
+        )
+        quantised = onnx.load(result)
+        onnx.helper.set_model_props(quantised, kept)
+        onnx.save(quantised, path)
+
+
+def _within(node, scopes: Sequence[str]) -> bool:
+    """Whether a node came from one of these modules or is of the kind that only they have."""
+    names = next((prop.value for prop in node.metadata_props if prop.key == _SCOPES), "")
+    return any(f"'{scope}'" in names for scope in scopes)
