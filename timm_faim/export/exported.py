@@ -83,8 +83,8 @@ class Exported:
         return self.run(x.contiguous() if self.inside else x.float().contiguous())
 
     def logits(self, images: Tensor | np.ndarray) -> Tensor:
-        """Logits, float32 [B, C], of images as the call takes them; of a file that gives probabilities their logarithms,
-        which have the same softmax."""
+        """Logits, float32 [B, C], of images as the call takes them; of a file that gives probabilities their
+        logarithms, which have the same softmax."""
         out = self(images)
         return out.clamp_min(torch.finfo(out.dtype).tiny).log() if self.output == "probabilities" else out
 
