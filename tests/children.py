@@ -1,4 +1,4 @@
-"""Runs of train_faim.py in child processes that start at once: a server has imported everything and forks."""
+"""Training runs in child processes that start at once: a server has imported everything and forks."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_faim"])
+context.set_forkserver_preload(["timm_faim.train"])
 _launches: list["Launch"] = []
 
 
@@ -114,11 +114,10 @@ def _child(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(output, 1), os.dup2(output, 2)
     import torch
 
-    import train_faim
+    from timm_faim.train import main
 
     torch.set_num_threads(1)
-    sys.argv = ["train_faim.py", *argv]
-    train_faim.main()
+    main(argv, "train_faim.py")
     sys.stdout.flush()
 
 

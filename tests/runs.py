@@ -1,9 +1,8 @@
-"""What the training tests share: a tiny image folder and runs of train_faim.py inside the test process."""
+"""What the training tests share: a tiny image folder and training runs inside the test process."""
 
 import csv
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train_faim.py is a script beside the package
-import train_faim
+from timm_faim import train as training_script
 from timm_faim.images.datasets import TrainingData, open_datasets
 from timm_faim.training.args import parse_args
 from timm_faim.training.options import Options
@@ -118,7 +116,7 @@ def train(*argv: object) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train_faim.train([str(word) for word in argv])
+        training_script.train([str(word) for word in argv])
     finally:
         torch.set_num_threads(threads)
 

@@ -22,6 +22,9 @@ FLOORS = [
     {"report"},
     {"training"},
     {"export", "hub", "retrieval"},
+    {"train"},
+    {"commands"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import timm
 import torch
 import yaml
 
+from timm_faim.commands import run_command
 from timm_faim.hub import entries, save_model
-from timm_faim.hub.__main__ import run as command
 from timm_faim.hub.entries import check_entry, probe_logits, write_entry
 from timm_faim.models.published import EntryError, entry_files, read_entry
 from timm_faim.run.errors import UserError
@@ -20,6 +21,7 @@ from timm_faim.training.args import parse_args
 
 ROOT = Path(__file__).parents[1]
 NAME = "faim_resnet10t.my_data"
+command = partial(run_command, "hub")
 
 
 @pytest.fixture
@@ -164,6 +166,8 @@ REGISTRY = """
 import json, logging, timm
 logging.basicConfig(level="WARNING")
 import timm_faim
+
+command = partial(run_command, "hub")
 name = "faim_test_resnet.mine"
 cfg = timm.models.get_pretrained_cfg(name)
 model = timm.create_model(name, num_classes=None)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from huggingface_hub import ModelCard
 from runs import make_images, train_tiny
 from safetensors.torch import load_file, save_file
 
+from timm_faim.commands import run_command
 from timm_faim.hub import Release, build_package, save_model
-from timm_faim.hub.__main__ import run as command
 from timm_faim.run.csv_file import write_csv
 from timm_faim.run.errors import UserError
+
+command = partial(run_command, "hub")
 
 REPO = "me/faim_test_resnet.pets"
 ROOT = Path(__file__).parents[1]
@@ -236,7 +239,7 @@ def test_a_wheel_carries_entries_recipes_and_data(tmp_path):
         "timm_faim/hub_configs/template.yaml",
         "timm_faim/configs/omniglot.yaml",
         "timm_faim/data/omniglot242.tar.gz",
-        "timm_faim/hub/__main__.py",
+        "timm_faim/hub/command.py",
     } <= names
 
 

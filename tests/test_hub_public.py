@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import timm
@@ -9,12 +10,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from timm_faim.commands import run_command
 from timm_faim.hub import Release, build_package, save_model
-from timm_faim.hub.__main__ import run as command
 from timm_faim.hub.entries import write_entry
 from timm_faim.hub.package import _dataset_of
 from timm_faim.hub.public import public_options
 from timm_faim.run.errors import UserError
+
+command = partial(run_command, "hub")
 
 REPO = "me/faim_test_resnet.pets"
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PREAMBLE = '''
 import hashlib, json, sys
 import timm, torch, timm_faim
-from timm_faim.hub.__main__ import run as hub
+from functools import partial; from timm_faim.commands import run_command; hub = partial(run_command, "hub")
 from timm_faim.run.errors import UserError
 torch.set_num_threads(1)
 
@@ -320,13 +320,11 @@ def test_training_publishes_its_run_at_the_end(hub, client, tmp_path):
         "mit",
     ]
     script = f"""
-    sys.path.insert(0, {str(ROOT)!r})
-    import train_faim
+    from timm_faim.train import main
 
     def train(*more):
-        sys.argv = ["train_faim.py", *{argv!r}, *more]
         try:
-            train_faim.main()
+            main([*{argv!r}, *more], "train_faim.py")
         except SystemExit as e:
             return e.code
         return 0

@@ -8,7 +8,7 @@ import torch
 import yaml
 from runs import TINY, make_images, options_of, train, values_of
 
-from timm_faim.retrieval.__main__ import build_parser as retrieve_parser
+from timm_faim.commands import build_parser as command_parser
 from timm_faim.run.errors import UserError
 from timm_faim.run.options import Number
 from timm_faim.run.weights import saved_faim_cfg
@@ -219,8 +219,8 @@ def test_a_recipes_warm_up_gives_way_to_a_shorter_run():
 
 
 def test_retrieval_has_ranges_too():
-    for action in retrieve_parser()._actions:
+    for action in command_parser("retrieve")._actions:
         assert action.type not in (int, float), action.dest
     for words in (["--seed", "-1"], ["--sheet-rows", "1000000"], ["--workers", "100000"], ["--batch-size", "nan"]):
         with pytest.raises(UserError, match=rf"{words[0]} must be a whole number in .*, got {words[1]}"):
-            retrieve_parser().parse_args(["d", "--checkpoint", "x", *words])
+            command_parser("retrieve").parse_args(["d", "--checkpoint", "x", *words])

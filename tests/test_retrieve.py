@@ -13,10 +13,11 @@ from runs import make_images, train_tiny
 from sklearn.metrics import normalized_mutual_info_score
 
 from timm_faim import PRESETS, FAIMHead
-from timm_faim.retrieval import __main__ as command
+from timm_faim.commands import build_parser, main
 from timm_faim.retrieval import (
     average_precision_at_r,
     clustering_nmi,
+    command,
     count_positives,
     distances_of,
     lloyd,
@@ -299,12 +300,8 @@ def retrieve(checkpoint, tmp_path):
     """Run the command in this process, by default on the checkpoint."""
 
     def retrieve(*argv, checkpoint=checkpoint, output=tmp_path / "out"):
-        return command.run(
-            [
-                str(word)
-                for word in (*argv, "--checkpoint", checkpoint, "--output", output, "--workers", 0, "--recall-at", 1, 2)
-            ]
-        )
+        words = (*argv, "--checkpoint", checkpoint, "--output", output, "--workers", 0, "--recall-at", 1, 2)
+        return command.retrieve(build_parser("retrieve").parse_args([str(word) for word in words]))
 
     return retrieve
 
@@ -323,6 +320,7 @@ def test_leave_one_out_from_the_command_line_to_the_files(checkpoint, images, mo
         sys,
         "argv",
         [
+            "timm-faim",
             "retrieve",
             str(images / "train"),
             "--checkpoint",
@@ -337,7 +335,9 @@ def test_leave_one_out_from_the_command_line_to_the_files(checkpoint, images, mo
             "4",
         ],
     )
-    command.main()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
     said = capsys.readouterr().out
     assert "12 queries of 3 classes, each against all others" in said and "directed" not in said
     folder = checkpoint / "retrieval"
@@ -483,7 +483,11 @@ def test_wrong_options_are_one_line(retrieve, images, tmp_path, argv, message):
 
 def test_more_neighbours_than_images(checkpoint, images, tmp_path):
     with pytest.raises(UserError, match=r"Recall@10 needs as many gallery images.*there are 6\. .*--recall-at"):
-        command.run([str(images / "val"), "--checkpoint", str(checkpoint), "--output", str(tmp_path)])
+        command.retrieve(
+            build_parser("retrieve").parse_args(
+                [str(images / "val"), "--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+            )
+        )
 
 
 def test_models_without_the_head_that_is_needed(retrieve, images, tmp_path, monkeypatch):
@@ -505,10 +509,9 @@ def test_models_without_the_head_that_is_needed(retrieve, images, tmp_path, monk
         retrieve(images / "train", checkpoint="faim_test_resnet")
 
 
-def test_an_error_is_one_line_and_status_1(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["retrieve", str(tmp_path), "--checkpoint", "nothing", "--output", str(tmp_path)])
+def test_an_error_is_one_line_and_status_1(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        command.main()
+        main(["retrieve", str(tmp_path), "--checkpoint", "nothing", "--output", str(tmp_path)])
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.startswith("timm_faim.retrieval: error: --checkpoint nothing is no folder")
+    assert stop.value.code == 1 and said.startswith("timm-faim retrieve: error: --checkpoint nothing is no folder")
     assert said.count("\n") == 1

@@ -8,6 +8,10 @@ Importing this package registers a ``faim_`` twin of every timm classification a
 
 from importlib import import_module
 
+from . import commands
+
+commands.answer_help()  # where the command line asks for nothing else: the imports below take seconds
+
 from .block import FAIMBlock, FAIMChart, exp_map, log_map
 from .head import PRESETS, FAIMHead, FoldedHead, TargetMargin, agreement, faim_heads, fit_, from_linear, to_linear
 from .losses import FAIMInfoNCELoss, FAIMMarginLoss, FAIMNPairLoss, FAIMTripletLoss

@@ -1,6 +1,6 @@
 """Publish FAIM checkpoints on the Hugging Face Hub and keep the book of them in hub_configs/.
 
-python -m timm_faim.hub push RUN_DIR --repo ORG/faim_resnet50.my_data
+timm-faim hub push RUN_DIR --repo ORG/faim_resnet50.my_data
 """
 
 from .package import Release, build_package, save_model

@@ -27,6 +27,6 @@ def publish_run(run: Path, repo_id: str, license: str | None, private: bool, log
     try:
         url, _ = publish(run, Release(repo_id, license), private=private or None)
     except UserError as e:
-        again = f"python -m timm_faim.hub push {run} --repo {repo_id}"
+        again = f"timm-faim hub push {run} --repo {repo_id}"
         raise RankError(f"the run in {run} is complete, but not published: {e}. Later: {again}") from e
     log(f"published: {url}")

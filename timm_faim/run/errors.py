@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 from timm_faim.documents import one_line
@@ -92,17 +91,19 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def report(error: UserError) -> None:
-    """Print the error to stderr, once per machine unless it belongs to a single process."""
+def report(error: UserError, program: str) -> None:
+    """Print the error of a program to stderr, once per machine unless it belongs to a single process."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if isinstance(error, RankError) or local_rank == "0":
         where = f" (process {rank})" if isinstance(error, RankError) and "RANK" in os.environ else ""
-        print(f"train_faim: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: error{where}: {error}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def resource_advice(batch_size: int, grad_accum_steps: int, output: str) -> Iterator[None]:
     """Turn "out of memory" and "disk full" within the block into a `RankError` that says what to try."""
+    from accelerate.utils.memory import should_reduce_batch_size  # which imports torch
+
     try:
         yield
     except (RuntimeError, ValueError) as e:

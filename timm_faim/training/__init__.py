@@ -1,1 +1,1 @@
-"""Parts of `train_faim.py`, each a module with one job."""
+"""Parts of a training run (`timm_faim.train`), each a module with one job."""

@@ -24,7 +24,7 @@ FAIM_ONLY = marked(GROUPS.values(), "faim")
 WARM_UP = 5  # epochs, unless a run is no longer than that
 
 
-def parse_args(argv: Sequence[str]) -> Options:
+def parse_args(argv: Sequence[str], program: str = "train_faim.py") -> Options:
     """Options from defaults, then the recipe, then the command line; the later wins.
 
     Without any of --config, --data-dir, --dataset and --resume PATH the bundled Omniglot recipe is the recipe. With
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str]) -> Options:
     Raises:
         UserError: unknown flag or key (with the nearest known one), wrong type, impossible combination.
     """
-    parser = build_parser()
+    parser = build_parser(program)
     line = _parse_line(parser, argv)
     if line.data and line.data_dir:
         raise UserError(f"two folders of data: {line.data} and --data-dir {line.data_dir}. Give one of them")
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str]) -> Options:
         reset(options.groups, FAIM_ONLY)
     if options.run.eval_only:
         if line.push_to_hub:
-            raise UserError("--push-to-hub publishes a training. Publish a run with python -m timm_faim.hub push")
+            raise UserError("--push-to-hub publishes a training. Publish a run with timm-faim hub push")
         _choose_evaluated(options, line.experiment)
     head, schedule = options.head, options.schedule
     in_line = any(word.split("=")[0] == "--head-refit" for word in argv)

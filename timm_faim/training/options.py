@@ -63,10 +63,10 @@ GROUPS = {group.name: group.type for group in fields(Options) if group.name != "
 ONE_LAUNCH = marked(GROUPS.values(), "launch")
 
 
-def build_parser() -> Parser:
-    """The parser; its destinations are the keys of a recipe."""
+def build_parser(program: str = "train_faim.py") -> Parser:
+    """The parser of a program of that name; its destinations are the keys of a recipe."""
     parser = Parser(
-        prog="train_faim.py",
+        prog=program,
         usage="%(prog)s [DIR] [options]",
         allow_abbrev=False,
         formatter_class=Help,

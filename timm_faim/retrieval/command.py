@@ -1,17 +1,8 @@
-"""Retrieval with a FAIM model: Recall@K, mAP@R and NMI of its distance, beside Euclidean and cosine.
-
-    python -m timm_faim.retrieval DIR --checkpoint output/RUN                    # leave one out
-    python -m timm_faim.retrieval GALLERY --queries QUERIES --checkpoint output/RUN
-    python -m timm_faim.retrieval DIR --checkpoint hf-hub:ORG/faim_resnet50.my_data
-
-DIR holds one folder of images per class; the classes need not be those of the model.
-"""
+"""`timm-faim retrieve`: Recall@K, mAP@R and NMI of a model's distance, beside Euclidean and cosine."""
 
 import argparse
 import json
-import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +18,6 @@ from timm_faim.retrieval.images import Images, open_folder, open_model, read_ima
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import atomic_write, check_writable
-from timm_faim.run.options import Parser, available_cores, whole
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
 NEIGHBOURS = 8  # of a row of the sheet
@@ -59,50 +49,12 @@ class Task:
         return min(NEIGHBOURS, self.others)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser."""
-    parser = Parser(prog="python -m timm_faim.retrieval", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("gallery", metavar="DIR", help="image folder, one folder per class")
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="RUN",
-        help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights",
-    )
-    add("--queries", metavar="DIR", help="queries from this folder (default: each image of the gallery in turn)")
-    add("--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
-    add("--recall-at", type=whole(1), nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
-    add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
-    add(
-        "--workers",
-        type=whole(0, 1024),
-        default=min(4, available_cores()),
-        metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)",
-    )
-    add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
-    add("--amp", action="store_true", help="run the model in bfloat16 autocast; distances stay in float64")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    add("--sheet-rows", type=whole(1, 1000), default=12, metavar="N", help="queries on the contact sheet (default: 12)")
-    add("--no-sheet", action="store_true", help="draw no contact sheet")
-    add(
-        "--seed",
-        type=whole(0, 2**31 - 1),
-        default=42,
-        metavar="N",
-        help="of the clustering and of the sheet (default: 42)",
-    )
-    return parser
-
-
-def run(argv: Sequence[str]) -> dict[str, Any]:
-    """One retrieval, from the command line to the files; what retrieval.json says.
+def retrieve(args: argparse.Namespace) -> dict[str, Any]:
+    """One retrieval, from the options to the files; what retrieval.json says.
 
     Raises:
         UserError: wrong input.
     """
-    args = build_parser().parse_args(argv)
     _check(args)
     device = _device(args.device)
     folder = _output_folder(args)
@@ -304,16 +256,3 @@ def _output_folder(args: argparse.Namespace) -> Path:
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror}. Choose another --output") from e
     return check_writable(folder)
-
-
-def main() -> None:
-    """Entry point: a person's mistakes come out as one line and exit status 1."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"timm_faim.retrieval: error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
