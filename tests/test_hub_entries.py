@@ -167,7 +167,6 @@ import json, logging, timm
 logging.basicConfig(level="WARNING")
 import timm_faim
 
-command = partial(run_command, "hub")
 name = "faim_test_resnet.mine"
 cfg = timm.models.get_pretrained_cfg(name)
 model = timm.create_model(name, num_classes=None)

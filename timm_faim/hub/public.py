@@ -14,6 +14,7 @@ from timm_faim.documents import read_json
 from timm_faim.models.published import INPUT_KEYS
 from timm_faim.models.saved import is_number
 from timm_faim.run.errors import UserError
+from timm_faim.run.record import KEY, record_of
 from timm_faim.training.options import build_parser
 
 # Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
@@ -90,6 +91,8 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
     cfg = _known(config["pretrained_cfg"], _PRETRAINED) | {"custom_load": False}
+    record = public_part(record_of(config))
+    labels |= {KEY: record} if record else {}
     return _known(config, _CONFIG) | labels | {"model_args": arguments, "pretrained_cfg": cfg}
 
 

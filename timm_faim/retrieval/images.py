@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.images.checked import UNREADABLE, CheckedImages, reader_of
 from timm_faim.images.folders import check_one_level, put_in_order
 from timm_faim.images.pictures import Pictures
-from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean
+from timm_faim.run import opening
+from timm_faim.run.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,7 @@ def open_model(checkpoint: str) -> tuple[nn.Module, FAIMHead]:
     Raises:
         UserError: it cannot be opened, has no FAIM head or several, or a metric with parameters that are not finite.
     """
-    name = f"local-dir:{checkpoint}" if Path(checkpoint).is_dir() else checkpoint
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        near = did_you_mean(name.split(".")[0], timm.list_models())
-        raise UserError(
-            f"--checkpoint {checkpoint} is no folder and no timm model.{near} Name the run folder of a "
-            "training, or hf-hub:ORG/NAME"
-        )
-    try:
-        model = timm.create_model(name, pretrained=True).eval()
-    except MODEL_ERRORS as e:
-        raise UserError(
-            f"cannot open --checkpoint {checkpoint}: {' '.join(str(e).split())}. Name the run folder of a "
-            "training, hf-hub:ORG/NAME, or a timm model that has weights"
-        ) from e
+    model = opening.open_model(checkpoint, "--checkpoint").model
     heads = faim_heads(model)
     if not heads:
         raise UserError(
