@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--with-preprocessing", action="store_true", help="the file takes bytes [B, H, W, 3] of the model's own size "
         "and normalises them; resizing stays outside")  # fmt: skip
     add("--images", "--calibration-images", dest="images", type=Path, metavar="DIR", help="images to check the file "
-        "with, and for int8 to calibrate with (default: drawings that ship with the package; int8 needs a folder)")  # fmt: skip
+        "with and to calibrate int8 with (default: drawings that ship with the package, but for int8)")  # fmt: skip
     add("--check-count", type=whole(1, 100_000), default=256, metavar="N", help="images to check with (default: 256)")
     add("--calibration-count", type=whole(1, 10_000), default=128, metavar="N", help="images to calibrate int8 with "
         "(default: 128)")  # fmt: skip

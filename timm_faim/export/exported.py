@@ -29,7 +29,8 @@ class Exported:
         threads: of onnxruntime (default: its own choice); the other formats use torch's.
 
     Attributes:
-        metadata: what the file says of itself: architecture, label_names, preprocessing, output, dtype, classifier, …
+        metadata: what the file says of itself: architecture, label_names, preprocessing, outputs, dtype,
+            classifier, …
         label_names: of the classes, None where the file has none.
         data_config: input_size, mean, std, interpolation, crop_pct, crop_mode, for timm's ``create_transform``.
 
@@ -52,7 +53,7 @@ class Exported:
         try:
             self.metadata: dict[str, Any] = json.loads(text)
             self.data_config = {key: self.metadata[key] for key in _KEPT}
-            self.output, self.inside = self.metadata["output"], self.metadata["preprocessing"] == "inside"
+            self.output, self.inside = self.metadata["outputs"][0], self.metadata["preprocessing"] == "inside"
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path} does not say what it takes and gives: no metadata of timm_faim. Write it with "
                             "timm-faim export") from e  # fmt: skip

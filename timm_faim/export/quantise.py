@@ -1,7 +1,9 @@
 """Static quantisation of an ONNX file to int8 by onnxruntime: weights per channel, activations by calibration."""
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
     model = onnx.load(path)
     kept = {prop.key: prop.value for prop in model.metadata_props}
     excluded = [node.name for node in model.graph.node if _within(node, float_scopes)]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with _quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         result = Path(folder, "int8.onnx")
         quantize_static(
             str(path),
@@ -47,6 +49,17 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
         quantised = onnx.load(result)
         onnx.helper.set_model_props(quantised, kept)
         onnx.save(quantised, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without onnxruntime's advice to optimise the graph first, which torch's exporter has done."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _within(node, scopes: Sequence[str]) -> bool:

@@ -26,9 +26,10 @@ class Samples:
     pixels: Tensor
     folders: list[str]
 
-    def spread(self, count: int) -> Tensor:
+    def spread(self, count: int) -> "Samples":
         """At most ``count`` of the images, in equal steps."""
-        return self.pixels[_steps(len(self.pixels), count)]
+        kept = _steps(len(self.pixels), count)
+        return Samples(self.pixels[kept], [self.folders[i] for i in kept])
 
 
 def bundled_drawings() -> Path:

@@ -6,7 +6,7 @@ Shapes: N images, c channels, H and W of the model's input, C classes.
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,23 @@ class ParityError(ValueError):
 class Parity:
     """How far a file is from its model on some images.
 
-    ``difference`` is the largest one over the mean spread (highest less lowest) of an image's outputs over the classes,
-    ``agreement`` the share of images with the same first class, ``notes`` what is to say about the file.
+    ``difference`` is the largest one over the mean spread (highest less lowest) of an image's outputs over the classes.
+    ``before`` and ``after`` are the first classes that
+    model and file give the images, ``notes`` what is to say about the file.
     """
 
-    images: int
     difference: float
-    agreement: float
+    before: list[int]
+    after: list[int]
     notes: tuple[str, ...] = ()
 
+    @property
+    def agreement(self) -> float:
+        """Share of images with the same first class."""
+        return sum(a == b for a, b in zip(self.before, self.after, strict=True)) / len(self.before)
+
     def __str__(self) -> str:
-        return (f"on {self.images} images the first class agrees on {100 * self.agreement:.2f} %, the largest "
+        return (f"on {len(self.before)} images the first class agrees on {100 * self.agreement:.2f} %, the largest "
                 f"difference is {self.difference:.1e} of the spread of the outputs")  # fmt: skip
 
 
@@ -113,7 +119,7 @@ def export_model(
             named.replace(temporary)
         finally:
             named.unlink(missing_ok=True)
-    return Parity(parity.images, parity.difference, parity.agreement, tuple(program.notes))
+    return replace(parity, notes=tuple(program.notes))
 
 
 def _description(model: nn.Module, config: dict[str, Any], program: Program, dtype: str) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def _description(model: nn.Module, config: dict[str, Any], program: Program, dty
         "label_names": list(names) if names else None,
         **config,
         "preprocessing": "inside" if program.preprocessing else "outside",
-        "output": program.output,
+        "outputs": [program.output],
         "dtype": dtype,
         "notes": program.notes,
         "versions": {"timm_faim": __version__, "torch": torch.__version__},
@@ -156,8 +162,8 @@ def _compare(file: Exported, model: nn.Module, config: dict[str, Any], pixels: T
     got_NC, wanted_NC = torch.cat(got), torch.cat(wanted)
     spread = (wanted_NC.amax(1) - wanted_NC.amin(1)).mean().clamp_min(1e-12)
     difference = float((got_NC - wanted_NC).abs().max() / spread)
-    agreement = float((got_NC.argmax(1) == wanted_NC.argmax(1))[1:].float().mean())  # the first one is there twice
-    return Parity(len(pixels), difference, agreement)
+    before, after = (out_NC[1:].argmax(1).tolist() for out_NC in (wanted_NC, got_NC))  # the first one is there twice
+    return Parity(difference, before, after)
 
 
 def _judge(parity: Parity, path: Path, dtype: str, agreement: float | None) -> None:
