@@ -143,13 +143,12 @@ def test_the_bytes_of_normalised_images_come_back_exactly():
 
 
 def test_half_precision_is_in_the_file_and_not_in_the_heads_arithmetic(suffix, tmp_path):
-    model = small("test_resnet", KINDS["moments"])
-    whole, half = tmp_path / f"whole{suffix}", tmp_path / f"half{suffix}"
-    export_model(model, whole, images=pixels())
+    model, half = small("test_resnet", KINDS["moments"]), tmp_path / f"half{suffix}"
     parity = export_model(model, half, dtype="float16", images=pixels())
     assert parity.agreement == 1.0
     assert parity.difference < 0.02
-    assert half.stat().st_size < 0.75 * whole.stat().st_size  # the graph is a large part of such a small model
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert half.stat().st_size < 0.8 * weights  # the graph is a large part of so small a model
     program = Program(model, data_config_of(model), half=True)
     assert program.model.fc.weight.dtype is torch.float16
     assert program.model.fc.bias.dtype is torch.float32
@@ -232,6 +231,7 @@ def test_arguments_that_cannot_be(options, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="ends in none of"):
         Exported(tmp_path / "model.bin")

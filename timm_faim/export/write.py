@@ -194,7 +194,9 @@ def _write_onnx(program: Program, path: Path, said: str) -> None:
 
 def _write_pt2(program: Program, path: Path, said: str) -> None:
     exported = torch.export.export(program, (program.example(),), dynamic_shapes=({0: torch.export.Dim("B")},))
-    torch.export.save(exported, path, extra_files={KEY: said})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that share memory
+        torch.export.save(exported, path, extra_files={KEY: said})
 
 
 def _write_torchscript(program: Program, path: Path, said: str) -> None:
