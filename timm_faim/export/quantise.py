@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter keeps the modules that a node came from
+_PRODUCTS = ("Gemm",)  # with a fixed matrix; those of two activations are MatMul
 _BATCH = 8
 
 
@@ -19,7 +20,8 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
     Args:
         path: of a float32 file that torch.onnx has written.
         images: as the file takes them, for the ranges of the activations.
-        float_scopes: names of modules that stay in float32.
+        float_scopes: names of modules that stay in float32: heads and second moments. Of these the products with fixed
+            matrices take 8-bit weights and inputs too, and give float32, of which roots and lengths are made.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -33,7 +35,7 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
 
     model = onnx.load(path)
     kept = {prop.key: prop.value for prop in model.metadata_props}
-    excluded = [node.name for node in model.graph.node if _within(node, float_scopes)]
+    excluded = [n.name for n in model.graph.node if _within(n, float_scopes) and n.op_type not in _PRODUCTS]
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         result = Path(folder, "int8.onnx")
         quantize_static(
@@ -45,6 +47,7 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=excluded,
+            extra_options={"OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
         )
         quantised = onnx.load(result)
         onnx.helper.set_model_props(quantised, kept)
@@ -63,6 +66,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _within(node, scopes: Sequence[str]) -> bool:
-    """Whether a node came from one of these modules or is of the kind that only they have."""
+    """Whether a node came from one of these modules."""
     names = next((prop.value for prop in node.metadata_props if prop.key == _SCOPES), "")
     return any(f"'{scope}'" in names for scope in scopes)
