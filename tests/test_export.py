@@ -156,7 +156,7 @@ def test_half_precision_is_in_the_file_and_not_in_the_heads_arithmetic(suffix, t
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_int8_leaves_the_head_as_it_is(tmp_path):
+def test_int8_is_in_products_with_fixed_matrices_and_not_in_the_heads_lengths_and_roots(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -165,11 +165,12 @@ def test_int8_leaves_the_head_as_it_is(tmp_path):
     assert parity.agreement >= 0.5
     nodes = onnx.load(path).graph.node
     quantised = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-    convolutions = [node for node in nodes if node.op_type == "Conv"]
-    products = [node for node in nodes if node.op_type in ("MatMul", "Gemm")]
-    assert convolutions and products
-    assert all(set(node.input[:2]) <= quantised for node in convolutions)
-    assert not any(set(node.input) & quantised for node in products)
+    rounded = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    kinds = {kind: [node for node in nodes if node.op_type == kind] for kind in ("Conv", "Gemm", "MatMul", "Sqrt")}
+    assert all(kinds.values())
+    assert all(set(node.input[:2]) <= quantised for node in [*kinds["Conv"], *kinds["Gemm"]])
+    assert not any(set(node.output) & rounded for node in kinds["Gemm"])
+    assert not any(set(node.input) & quantised for node in [*kinds["MatMul"], *kinds["Sqrt"]])
     assert Exported(path).metadata["dtype"] == "int8"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
