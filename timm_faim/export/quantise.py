@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter keeps the modules that a node came from
-# products with fixed weights, and what is part of them; sums, softmax and layer norms of 8 bits cost a ViT ten times more
+# products with fixed weights, and what becomes part of them; 8 bits for sums and layer norms cost a ViT far more
 _QUANTISED = ("Conv", "Gemm", "MatMul", "Clip", "Relu")
 _PRODUCTS = ("Gemm",)  # of the heads
 _BATCH = 8
