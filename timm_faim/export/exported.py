@@ -18,7 +18,6 @@ from timm_faim.export.program import pixels_of
 from timm_faim.run.errors import UserError
 
 _KEPT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-_OPENING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
 
 class Exported:
@@ -46,8 +45,6 @@ class Exported:
             need("onnxruntime")
         try:
             self.run, text = _OPEN[self.format](self.path, threads)
-        except UserError:
-            raise
         except Exception as e:  # onnxruntime and torch have errors of their own for a damaged file
             raise UserError(f"cannot open {path} as {self.format}: {e}") from e
         try:
@@ -97,7 +94,9 @@ def _open_onnx(path: Path, threads: int | None) -> tuple[Callable[[Tensor], Tens
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
+    there = onnxruntime.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
     name = session.get_inputs()[0].name
     text = session.get_modelmeta().custom_metadata_map.get(KEY, "")
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), text

@@ -24,6 +24,9 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
         images: as the file takes them, for the ranges of the activations.
         float_scopes: names of modules that stay in float32: heads and second moments. Of these the products with fixed
             matrices take 8-bit weights and inputs too, and give float32, of which roots and lengths are made.
+
+    Raises:
+        ValueError: the file does not say which modules its nodes are of.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -37,6 +40,8 @@ def quantise(path: Path, images: Tensor, float_scopes: Sequence[str]) -> None:
 
     model = onnx.load(path)
     kept = {prop.key: prop.value for prop in model.metadata_props}
+    if not any(prop.key == _SCOPES for node in model.graph.node for prop in node.metadata_props):
+        raise ValueError("int8 needs a file that says which modules its nodes are of; a newer torch writes that")
     fixed = {tensor.name for tensor in model.graph.initializer}
     excluded = [
         node.name
