@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import re
+import warnings
 
 import pytest
 import timm
@@ -417,6 +418,26 @@ def test_what_folds_gives_the_same_logits_and_the_same_order_of_classes(options,
     if not prior:
         assert torch.equal(linear(x).argsort(-1), head(x).argsort(-1))
     assert agreement(head, linear, x)["kl"] < 0.3
+
+
+@pytest.mark.parametrize("width", [6, 600])  # of one block, and of two
+def test_the_folded_head_takes_maps_scripts_and_may_be_stored_in_half(width):
+    torch.manual_seed(0)
+    head = FAIMHead(width, 4).eval()
+    with torch.no_grad():
+        head.whiten.copy_(torch.randn(width, width))
+        head.center.normal_()
+        head.scale.fill_(40.0)
+    folded, maps = FoldedHead(head), torch.randn(2, width, 3, 5) + 1.0
+    torch.testing.assert_close(folded(maps), head(maps), rtol=1e-5, atol=1e-5)
+    numbers = sum(tensor.numel() for tensor in [*folded.parameters(), *folded.buffers()] if tensor.dim() == 2)
+    assert numbers <= (0.75 if width > 512 else 1.0) * width**2 + 4 * width
+    half = FoldedHead(head).store_matrices(torch.float16)
+    assert half(maps).dtype is torch.float32
+    assert (half(maps) - head(maps)).abs().max() <= torch.finfo(torch.float16).eps * 40.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.jit.script(folded)(maps), folded(maps))
 
 
 def test_heads_with_a_1_form_do_not_fold():
