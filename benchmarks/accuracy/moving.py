@@ -36,9 +36,8 @@ from timm_faim.head.closed_form import fit_from_statistics_
 RESULTS = Path(__file__).parent / "results"
 FIXED, ENSEMBLE = "Σ fixed", "FAIM + cosine"
 CHOSEN = ("leaf99-5", "grocery81-5", "leaf99", "grocery81")
-Arms = dict[
-    str, dict[str, Any]
-]  # label -> ``track``: decays of the sums that are kept, ``decay`` and ``every``, ``cosine``
+# label -> "track": decays of the sums that are kept, "decay" and "every" of those that are followed, "cosine"
+Arms = dict[str, dict[str, Any]]
 
 
 def moving(decay: float, every: int) -> Arms:
