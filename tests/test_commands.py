@@ -137,4 +137,4 @@ def test_evaluate_is_the_trainings_evaluation(tmp_path, capsys):
 def test_only_commands_that_share_out_their_images_take_processes():
     assert set(IN_PARALLEL) <= set(COMMANDS)
     with pytest.raises(UserError, match="unrecognized arguments: --num-processes"):
-        run_command("retrieve", ["d", "--checkpoint", "c", "--num-processes", "2"])
+        run_command("retrieve", ["d", "--model", "c", "--num-processes", "2"])

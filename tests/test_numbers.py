@@ -223,4 +223,4 @@ def test_retrieval_has_ranges_too():
         assert action.type not in (int, float), action.dest
     for words in (["--seed", "-1"], ["--sheet-rows", "1000000"], ["--workers", "100000"], ["--batch-size", "nan"]):
         with pytest.raises(UserError, match=rf"{words[0]} must be a whole number in .*, got {words[1]}"):
-            command_parser("retrieve").parse_args(["d", "--checkpoint", "x", *words])
+            command_parser("retrieve").parse_args(["d", "--model", "x", *words])

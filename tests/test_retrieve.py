@@ -300,7 +300,7 @@ def retrieve(checkpoint, tmp_path):
     """Run the command in this process, by default on the checkpoint."""
 
     def retrieve(*argv, checkpoint=checkpoint, output=tmp_path / "out"):
-        words = (*argv, "--checkpoint", checkpoint, "--output", output, "--workers", 0, "--recall-at", 1, 2)
+        words = (*argv, "--model", checkpoint, "--output", output, "--workers", 0, "--recall-at", 1, 2)
         return command.retrieve(build_parser("retrieve").parse_args([str(word) for word in words]))
 
     return retrieve
@@ -323,7 +323,7 @@ def test_leave_one_out_from_the_command_line_to_the_files(checkpoint, images, mo
             "timm-faim",
             "retrieve",
             str(images / "train"),
-            "--checkpoint",
+            "--model",
             str(checkpoint),
             "--workers",
             "0",
@@ -485,7 +485,7 @@ def test_more_neighbours_than_images(checkpoint, images, tmp_path):
     with pytest.raises(UserError, match=r"Recall@10 needs as many gallery images.*there are 6\. .*--recall-at"):
         command.retrieve(
             build_parser("retrieve").parse_args(
-                [str(images / "val"), "--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+                [str(images / "val"), "--model", str(checkpoint), "--output", str(tmp_path)]
             )
         )
 
@@ -493,7 +493,7 @@ def test_more_neighbours_than_images(checkpoint, images, tmp_path):
 def test_models_without_the_head_that_is_needed(retrieve, images, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no folder and no timm model. Did you mean .*faim_test_resnet"):
         retrieve(images / "train", checkpoint="faim_test_resnets")
-    with pytest.raises(UserError, match=r"cannot open --checkpoint .*config\.json"):
+    with pytest.raises(UserError, match=r"cannot open --model .*config\.json"):
         retrieve(images / "train", checkpoint=tmp_path)
     with pytest.raises(UserError, match="has no FAIM head"):
         retrieve(images / "train", checkpoint=saved(tmp_path / "linear", "test_resnet"))
@@ -511,7 +511,7 @@ def test_models_without_the_head_that_is_needed(retrieve, images, tmp_path, monk
 
 def test_an_error_is_one_line_and_status_1(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        main(["retrieve", str(tmp_path), "--checkpoint", "nothing", "--output", str(tmp_path)])
+        main(["retrieve", str(tmp_path), "--model", "nothing", "--output", str(tmp_path)])
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.startswith("timm-faim retrieve: error: --checkpoint nothing is no folder")
+    assert stop.value.code == 1 and said.startswith("timm-faim retrieve: error: --model nothing is no folder")
     assert said.count("\n") == 1

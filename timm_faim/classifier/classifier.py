@@ -20,6 +20,7 @@ from timm_faim import faim_heads
 from timm_faim.calibration import Calibration
 from timm_faim.classifier.neighbours import Gallery
 from timm_faim.classifier.prediction import Judge, Prediction
+from timm_faim.export import Exported
 from timm_faim.head.tap import Tap, pooled
 from timm_faim.images.pixels import read_image
 from timm_faim.run.errors import UserError
@@ -158,7 +159,8 @@ class Classifier:
 def load(
     checkpoint: str | os.PathLike, device: torch.device | str | None = None, amp: bool = False, flag: str = "the model"
 ) -> Classifier:
-    """A classifier from the run folder of a training or fit, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a timm name.
+    """A classifier from the run folder of a training or fit, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER``, a timm name, or
+    a file that `timm-faim export` wrote, which runs on the CPU or where onnxruntime takes it.
 
     Args:
         checkpoint: where it is.
@@ -170,11 +172,36 @@ def load(
         UserError: it cannot be opened, or its config says what cannot be.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if Path(checkpoint).is_file():
+        return _of_file(Path(checkpoint))
     opened = open_model(str(checkpoint), flag)
     model = opened.model.to(device)
     config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {}, model=model)
     names = opened.label_names or [str(k) for k in range(model.num_classes)]
+    return _checked(model, names, config, opened.record, device, amp, opened.folder)
+
+
+def _of_file(path: Path) -> Classifier:
+    file = Exported(path)
+    count = file.metadata["num_classes"]
+    names = file.label_names or [str(k) for k in range(count)]
+    record = file.metadata.get("classifier") or {}
+    return _checked(_File(file), names, file.data_config, record, torch.device("cpu"), False, None)
+
+
+class _File(nn.Module):
+    """An exported file as a model."""
+
+    def __init__(self, file: Exported) -> None:
+        super().__init__()
+        self.file = file
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.file.logits(x)
+
+
+def _checked(*arguments: Any) -> Classifier:
     try:
-        return Classifier(model, names, config, opened.record, device, amp, opened.folder)
+        return Classifier(*arguments)
     except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{flag} {checkpoint}: its calibration cannot be read: {e}. Calibrate it again") from e
+        raise UserError(f"the calibration of the model cannot be read: {e}. Train or fit it again") from e

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     add = parser.add_argument
     add("checkpoint", metavar="RUN", help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights")
-    add("--output", type=Path, required=True, metavar="FILE", help="ends in .onnx, .pt2 or .ts")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx, .pt2 or .ts")
     add("--format", choices=["onnx", "pt2", "torchscript"], help="default: by the suffix of --output")
     add(
         "--dtype", choices=["float32", "float16", "int8"], default="float32", help="int8 is for onnx (default: float32)"

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="files, folders, patterns in quotes, or - for a list on stdin")
     add("--model", required=True, metavar="RUN", help="run folder, hf-hub:ORG/NAME, exported file, or timm name")
-    add("--output", type=Path, metavar="FILE", help="a file .csv or .jsonl (default: a table on the terminal)")
+    add("-o", "--output", type=Path, metavar="FILE", help="a file .csv or .jsonl (default: a table on the terminal)")
     add("--format", choices=("csv", "jsonl", "table"), help="default: by the name of --output, else table")
     add("--html", type=Path, metavar="FILE", help="also a page of the images, the surest first")
     add("--html-images", type=whole(1, 100_000), default=1000, metavar="N", help="most images on it (default: 1000)")

@@ -1,8 +1,8 @@
 """Find like images: Recall@K, mAP@R and NMI of a model's distance, beside Euclidean and cosine.
 
-timm-faim retrieve DIR --checkpoint output/RUN                       # leave one out
-timm-faim retrieve GALLERY --queries QUERIES --checkpoint output/RUN
-timm-faim retrieve DIR --checkpoint hf-hub:ORG/faim_resnet50.my_data
+timm-faim retrieve DIR --model output/RUN                       # leave one out
+timm-faim retrieve GALLERY --queries QUERIES --model output/RUN
+timm-faim retrieve DIR --model hf-hub:ORG/faim_resnet50.my_data
 
 DIR holds one folder of images per class; the classes need not be those of the model.
 """
@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("gallery", metavar="DIR", help="image folder, one folder per class")
     add(
-        "--checkpoint",
+        "--model",
         required=True,
         metavar="RUN",
         help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights",
     )
     add("--queries", metavar="DIR", help="queries from this folder (default: each image of the gallery in turn)")
-    add("--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
+    add("-o", "--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
     add("--recall-at", type=whole(1), nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
     add(

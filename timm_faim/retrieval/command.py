@@ -59,7 +59,7 @@ def retrieve(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     device = choose_device(args.device)
     folder = _output_folder(args)
-    model, head = open_model(args.checkpoint)
+    model, head = open_model(args.model)
     task = _read(args, model.to(device), head, device)
     without = _say_what_is_compared(task)
     if not head.metric.symmetric:
@@ -67,7 +67,7 @@ def retrieve(args: argparse.Namespace) -> dict[str, Any]:
 
     results, faim = _compare(args, task, head, device)
     facts = {
-        "checkpoint": args.checkpoint,
+        "checkpoint": args.model,
         "architecture": (model.pretrained_cfg or {}).get("architecture"),
         "gallery": args.gallery,
         "queries": args.queries,
@@ -241,7 +241,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _output_folder(args: argparse.Namespace) -> Path:
-    run_folder = Path(args.checkpoint.removeprefix("local-dir:"))
+    run_folder = Path(args.model.removeprefix("local-dir:"))
     folder = args.output or (run_folder / "retrieval" if run_folder.is_dir() else Path("retrieval"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

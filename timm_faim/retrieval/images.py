@@ -65,22 +65,22 @@ def open_model(checkpoint: str) -> tuple[nn.Module, FAIMHead]:
     Raises:
         UserError: it cannot be opened, has no FAIM head or several, or a metric with parameters that are not finite.
     """
-    model = opening.open_model(checkpoint, "--checkpoint").model
+    model = opening.open_model(checkpoint, "--model").model
     heads = faim_heads(model)
     if not heads:
         raise UserError(
-            f"--checkpoint {checkpoint} has no FAIM head. Train one under a faim_ name, or convert the "
+            f"--model {checkpoint} has no FAIM head. Train one under a faim_ name, or convert the "
             "model with timm_faim.convert"
         )
     if len(heads) > 1:
         raise UserError(
-            f"--checkpoint {checkpoint} has {len(heads)} FAIM heads ({', '.join(heads)}), and retrieval "
+            f"--model {checkpoint} has {len(heads)} FAIM heads ({', '.join(heads)}), and retrieval "
             "needs the features of one. Use a model with one classifier"
         )
     head = next(iter(heads.values()))
     if not all(torch.isfinite(parameter).all() for parameter in head.metric.parameters()):
         raise UserError(
-            f"the metric of --checkpoint {checkpoint} has parameters that are not finite. Use the weights "
+            f"the metric of --model {checkpoint} has parameters that are not finite. Use the weights "
             "of an earlier epoch"
         )
     return model, head
