@@ -31,6 +31,11 @@ from unknown_tables import report
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
 
+COMMAND = (
+    "python benchmarks/accuracy/unknown.py --weights tf_efficientnet_lite0=FILE --data leaf99=DIR grocery81=DIR "
+    "--far omniglot242=DIR --few, then --few 3 5 10 20 --splits 3, then --weights tf_efficientnet_lite2=FILE --few "
+    "--splits 3 without --far"
+)
 KINDS = {"mean": ("mean",), "moments": ("mean", "moments")}
 
 
@@ -102,7 +107,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="scratch folder for maps")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "unknown.jsonl")
     args = parser.parse_args()
-    log, far_name = Log(args.output), next(iter(named_folders(args.far)), "NAME")
+    log = Log(args.output)
     for backbone, weights in named_folders(args.weights).items():
         others = [Frozen(folder, weights, backbone, args.cache) for folder in named_folders(args.far).values()]
         far = others[0] if others else None
@@ -120,8 +125,7 @@ def main() -> None:
                     f"{backbone}, {data}, {few or 'most'} classes, split {seed}: {time.time() - began:.1f} s",
                     flush=True,
                 )
-    command = f"python benchmarks/accuracy/unknown.py --weights NAME=FILE … --data NAME=DIR … --far {far_name}=DIR"
-    show(["# Unknown classes", "", headline(command, cuda=False), f"scikit-learn {VERSIONS['scikit-learn']}", "",
+    show(["# Unknown classes", "", headline(COMMAND, cuda=False), f"scikit-learn {VERSIONS['scikit-learn']}", "",
           *report(list(log.done.values()))], args.output.with_suffix(".md"))  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def report(lines: list[dict]) -> list[str]:
         T, top1 = ([pair[i] for pair in each] for i in range(2))
         page.append(f"| {backbone} | {data} | {kind} | {spread(top1)} | {spread(T, 3)} |")
     for how, title in (("near", "Unknown classes of the same data"), ("far", "Another data set")):
-        for backbone in sorted({place[0] for place in about}):
+        for backbone in sorted({place[0] for each in values[how].values() for place in each}):
             page += ["", f"## {title}, {backbone}: AUROC / FPR95 in %, mean ± standard deviation over splits", ""]
             page += table({n: {p: v for p, v in each.items() if p[0] == backbone} for n, each in values[how].items()})
     for other in (CHOSEN, NEAREST):
