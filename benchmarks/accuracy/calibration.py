@@ -182,7 +182,7 @@ def main() -> None:
                     got = run(seen, test, names, frozen.train_N[kept], frozen.val_N, seed)
                     log.add(configs[kind], seed, **got, data_hash=frozen.data_hash)
                 print(f"{data}, {shots or 'all'} images, cut {seed}: {time.time() - began:.1f} s", flush=True)
-    command = "python benchmarks/accuracy/calibration.py --weights FILE --data NAME=DIR …"
+    command = "python benchmarks/accuracy/calibration.py --weights FILE --data leaf99=DIR grocery81=DIR omniglot242=DIR"
     show(["# Calibration of heads in closed form", "", headline(command, cuda=False), "",
           *report(list(log.done.values()))], args.output.with_suffix(".md"))  # fmt: skip
 
