@@ -116,9 +116,7 @@ def head_table(D: int, C: int, rounds: int) -> None:
             name: _session(way.eval(), D, Path(folder, f"{i}.onnx")) for i, (name, way) in enumerate(ways.items())
         }
     print(f"\n### D={D}, C={C}, {rounds} rounds; ratios to Linear with the same output\n")
-    print(
-        "| | 1 image, median µs | ratio | of the first quartiles | 64 images, median µs | ratio | of the first quartiles |"
-    )
+    print("| | 1 image, median µs | ratio | of quartiles | 64 images, median µs | ratio | of quartiles |")
     print("|---|---|---|---|---|---|---|")
     cells = {name: [] for name in ways}
     for B in (1, 64):
