@@ -38,6 +38,7 @@ TINY = [
     "--cpu-threads",
     "1",
     "--no-report",
+    "--no-calibrate",
 ]
 
 

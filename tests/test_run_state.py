@@ -165,8 +165,8 @@ def test_a_run_that_trains_on_is_unfinished_again(images, tmp_path, monkeypatch)
 def test_a_damaged_record_says_that_nothing_is_done(tmp_path, content):
     (tmp_path / FINISHED).write_bytes(content.encode("latin-1"))
     args = FinishOptions(push_to_hub="a/b")
-    assert work_left(args, tmp_path, 2) == ["report", "push to a/b"]
-    record_done(tmp_path, 2, "report")
+    assert work_left(args, tmp_path, 2) == ["calibration", "report", "push to a/b"]
+    record_done(tmp_path, 2, "calibration", "report")
     assert work_left(args, tmp_path, 2) == ["push to a/b"] and work_left(args, tmp_path, 3) != ["push to a/b"]
 
 

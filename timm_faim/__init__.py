@@ -23,6 +23,7 @@ __all__ = [
     "PRESETS",
     "FAIMBlock",
     "FAIMChart",
+    "FAIMClassifier",
     "FAIMDistance",
     "FAIMHead",
     "FAIMInfoNCELoss",
@@ -33,6 +34,7 @@ __all__ = [
     "FoldedHead",
     "TargetMargin",
     "__version__",
+    "add_classes",
     "agreement",
     "convert_",
     "exp_map",
@@ -40,7 +42,11 @@ __all__ = [
     "faim_heads",
     "fit_",
     "from_linear",
+    "load",
     "log_map",
+    "merge_classes",
+    "remove_classes",
+    "rename_classes",
     "save_model",
     "to_linear",
 ]
@@ -48,8 +54,14 @@ __all__ = [
 register_twins()
 del register_twins
 
-_ON_DEMAND = {  # what imports more than the rest: pytorch-metric-learning, which is optional; yaml and the Hub's client
-    "FAIMDistance": "timm_faim.losses.distance",
+_ON_DEMAND = {  # what imports more than the rest: what is optional; yaml and the Hub's client
+    "FAIMClassifier": "timm_faim.estimator",  # scikit-learn
+    "FAIMDistance": "timm_faim.losses.distance",  # pytorch-metric-learning
+    "add_classes": "timm_faim.classes",
+    "load": "timm_faim.classifier",
+    "merge_classes": "timm_faim.classes",
+    "remove_classes": "timm_faim.classes",
+    "rename_classes": "timm_faim.classes",
     "save_model": "timm_faim.hub",
 }
 

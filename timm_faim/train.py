@@ -10,18 +10,22 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from timm.utils import random_seed
 
 from timm_faim import faim_heads, hub
-from timm_faim.images.datasets import open_datasets
+from timm_faim.images.datasets import TrainingData, open_datasets, targets_of
 from timm_faim.images.folders import check_same_classes
 from timm_faim.run.errors import LOST_PROCESS, RankError, UserError, is_lost_process, report, resource_advice
-from timm_faim.run.finished import REPORT, forget_done, push_to, record_done, work_left
+from timm_faim.run.finished import CALIBRATION, REPORT, forget_done, push_to, record_done, work_left
 from timm_faim.run.lock import release_locks
+from timm_faim.run.record import record_of
 from timm_faim.run.summary import save_recipe
-from timm_faim.run.weights import BEST, check_same_head, restore_best, save_config, saved_class_order
+from timm_faim.run.weights import BEST, check_same_head, restore_best, save_config, saved_class_order, saved_config
 from timm_faim.training import finish, tasks
 from timm_faim.training.args import parse_args
 from timm_faim.training.class_sampling import build_class_sampler
@@ -170,6 +174,7 @@ def train_with(options: Options) -> None:
             data.label_names,
             options.model.pretrained,
             data.class_order,
+            _record(run.run_folder, data, is_done=run.progress.epoch == epochs),
         )
     start_trackers(accelerator, options.logging, run.run_folder, recipe)
     run.stop.install()
@@ -192,17 +197,26 @@ def train_with(options: Options) -> None:
         of_what = f"validation {options.run.eval_metric}" if val_loader is not None else "training loss"
         best = f"best {of_what} {run.progress.best:.2f}" if run.progress.best is not None else "not yet validated,"
         log(f"{best} after {seconds:.0f} s; weights in {run.run_folder / BEST}")
-        if REPORT in left:
-            finish.finish(run, data, val_loader, data_config, log)
+        if asked := [work for work in (CALIBRATION, REPORT) if work in left]:
+            finish.finish(run, data, val_loader, data_config, asked, log)
         log(
             f"load it: import timm, timm_faim; model = timm.create_model('local-dir:{run.run_folder}', pretrained=True)"
         )
     if is_main and is_whole:
-        record_done(run.run_folder, epochs, REPORT if REPORT in left else "")
+        record_done(run.run_folder, epochs, *(work for work in (CALIBRATION, REPORT) if work in left))
     accelerator.end_training()
     if is_main and (push := push_to(repo)) in left:  # no process waits for this one
         hub.publish_run(run.run_folder, repo, options.finish.hub_license, options.finish.hub_private, log)
         record_done(run.run_folder, epochs, push)
+
+
+def _record(folder: Path, data: TrainingData, is_done: bool) -> dict[str, Any]:
+    """What config.json says of the classes; a calibration stays with the weights that it was made for."""
+    record = record_of(saved_config(folder)) if is_done else {}
+    targets = targets_of(data.train)
+    if targets is not None:
+        record["images"] = np.bincount(targets, minlength=data.num_classes).tolist()
+    return record
 
 
 def main(argv: Sequence[str], program: str) -> None:

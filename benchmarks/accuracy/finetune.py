@@ -17,7 +17,7 @@ from measures import measures
 from parts import build
 from refits import blends, default_refit, distance_logits, refits
 from settings import ABLATIONS, SETTINGS
-from torch import Tensor
+from torch import Tensor, nn
 
 BATCH, WEIGHT_DECAY, REFIT_VIEWS = 32, 0.05, 3
 
@@ -28,7 +28,7 @@ class Run:
     Args:
         config: ``setting``, ``method``, ``features``, ``seed``, ``selection`` (train and measure on parts of the
             training set), ``lr``, ``lr_mu`` (factor for prototypes), ``decay_mu``, ``smoothing``, ``start`` ("random"
-            or "means"), ``options`` of the head.
+            or "means"), ``options`` of the head; where they are not the setting's, ``resolution`` and ``steps``.
         images: of the setting's data, at its stored size.
         weights: files of the pretrained backbones.
         device: of the run.
@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, config: dict[str, Any], images: Images, weights: dict[str, Path], device: torch.device) -> None:
         setting = (SETTINGS | ABLATIONS)[config["setting"]]
-        self.kind, self.resolution = setting.kind, setting.resolution
+        self.kind, self.resolution = setting.kind, config.get("resolution", setting.resolution)
         self.config, self.device, self.began = config, device, time.time()
         torch.manual_seed(config["seed"])
         self.generator = torch.Generator().manual_seed(config["seed"])
@@ -51,19 +51,22 @@ class Run:
         batches = [resized(batch, self.resolution) for batch in self.pixels.split(256)]
         self.model = build(setting, config["features"], weights, batches)
         self.classes = int(labels.max()) + 1
-        self.head = build_head(config["method"], self.model.widths, self.classes, config["options"]).to(device)
+        self.head = self._build_head().to(device)
         if config["start"] == "means":
             self.head.start_(self.features(self.pixels), self.labels)
         self.model.train()
-        self.steps = min(max(400, 24 * len(kept) // BATCH), 900)
+        self.steps = config.get("steps", min(max(400, 24 * len(kept) // BATCH), 900))
         self.step, self.order = 0, torch.empty(0, dtype=torch.long)
         self.optimizer = self._optimizer()
         self.index = torch.zeros(BATCH, dtype=torch.long, device=device)
         self.parameters = torch.zeros(BATCH, 8, device=device)
-        self.graph = None
+        self.graph = self.stream = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream()
             self._capture()
+
+    def _build_head(self) -> nn.Module:
+        return build_head(self.config["method"], self.model.widths, self.classes, self.config["options"])
 
     def _optimizer(self) -> torch.optim.Optimizer:
         rate = self.config["lr"]
@@ -154,6 +157,11 @@ class Run:
         self.model.train()
         return torch.cat(rows)
 
+    def refit_features(self) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and labels [N] of the training images, whole and in augmented views."""
+        views = [self.features(self.pixels), *(self.features(self.pixels, view) for view in range(REFIT_VIEWS))]
+        return torch.cat(views), self.labels.repeat(len(views))
+
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Top-1 in per cent by name, and ECE of the head as trained and of FAIM's fixed refit."""
@@ -165,10 +173,8 @@ class Run:
         found = {"trained": self.head(x)}
         if len(parts) > 1:
             found |= {f"trained {part}": logits for part, logits in self.head.logits(x).items()}
-        views = [self.features(self.pixels)]
-        views += [self.features(self.pixels, view) for view in range(REFIT_VIEWS)]
-        seen, labels = self._by_part(torch.cat(views)), self.labels.repeat(len(views))
-        refitted = refits(seen, labels, self.classes, self._by_part(x))
+        seen, labels = self.refit_features()
+        refitted = refits(self._by_part(seen), labels, self.classes, self._by_part(x))
         found |= refitted | blends(found["trained"], refitted, parts)
         refit = default_refit("FAIM", parts)
         result = {

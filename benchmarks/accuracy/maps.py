@@ -82,6 +82,19 @@ class Recipe:
         return replace(self, **changed)
 
 
+def second_moments(moments: Moments, maps: Tensor) -> Tensor:
+    """[N, D] of maps in half precision."""
+    return torch.cat([moments(batch.float()) for batch in maps.split(256)])
+
+
+def fitted_moments(trains: list[Tensor], recipe: Recipe) -> Moments:
+    """Moments with the principal components of maps [N, c, H, W] of each view."""
+    channels = trains[0].shape[1]
+    moments = Moments(channels, min(recipe.components, channels))
+    moments.steps = recipe.steps  # 0: no root
+    return moments.fit_(batch.float() for train in trains for batch in train.split(256))
+
+
 @torch.no_grad()
 def parts_of(frozen: Frozen, kept: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Parts of the kept training images, views one after the other, and of the validation images by view.
@@ -90,17 +103,12 @@ def parts_of(frozen: Frozen, kept: Tensor, recipe: Recipe) -> tuple[dict[str, Te
     """
     maps = [frozen.of(view, recipe.stage) for view in recipe.views]
     means = [frozen.of(view, "mean") for view in recipe.views]
-    channels = maps[0][0].shape[1]
-    moments = Moments(channels, min(recipe.components, channels))
-    moments.steps = recipe.steps  # 0: no root
-    moments.fit_(batch.float() for train, _ in maps for batch in train[kept].split(256))
-
-    def seconds(each: Tensor) -> Tensor:
-        return torch.cat([moments(batch.float()) for batch in each.split(256)])
-
+    moments = fitted_moments([train[kept] for train, _ in maps], recipe)
     seen = {
         "mean": torch.cat([train[kept] for train, _ in means]),
-        "moments": torch.cat([seconds(train[kept]) for train, _ in maps]),
+        "moments": torch.cat([second_moments(moments, train[kept]) for train, _ in maps]),
     }
-    test = [{"mean": mean[1], "moments": seconds(each[1])} for mean, each in zip(means, maps, strict=True)]
+    test = [
+        {"mean": mean[1], "moments": second_moments(moments, each[1])} for mean, each in zip(means, maps, strict=True)
+    ]
     return seen, test

@@ -84,7 +84,7 @@ def best(records: list[dict[str, Any]], setting: str, method: str, features: str
     return {name: chosen[name] for name in NAMES} | {"setting": setting}
 
 
-def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: float) -> None:
+def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: float, kind: type[Run]) -> None:
     """Runs from the queue, one after the other; none begins after the deadline."""
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -101,7 +101,7 @@ def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: 
         stored = setting.data, setting.stored
         if stored not in images:
             images[stored] = load_images(args.data[setting.data], setting.stored, args.cache)
-        run = Run(config, images[stored], args.weights, device)
+        run = kind(config, images[stored], args.weights, device)
         while run.advance():
             pass
         record = run.finish() | {
@@ -115,8 +115,8 @@ def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: 
             file.write(json.dumps(record) + "\n")
 
 
-def run_all(configs: list[dict[str, Any]], args: argparse.Namespace, deadline: float) -> None:
-    """All configurations that the output lacks, over all GPUs."""
+def run_all(configs: list[dict[str, Any]], args: argparse.Namespace, deadline: float, kind: type[Run] = Run) -> None:
+    """All configurations that the output lacks, over all GPUs, in their order; each is a run of this kind."""
     done = {key(r) for r in read(args.output)}
     configs = [c for c in configs if key(c) not in done]
     print(f"{len(configs)} runs to do, {len(done)} done", flush=True)
@@ -128,7 +128,8 @@ def run_all(configs: list[dict[str, Any]], args: argparse.Namespace, deadline: f
         queue.put(config)
     gpus = max(1, torch.cuda.device_count())
     count = min(len(configs), args.processes * gpus)
-    workers = [context.Process(target=worker, args=(i % gpus, queue, lock, args, deadline)) for i in range(count)]
+    shared = queue, lock, args, deadline, kind
+    workers = [context.Process(target=worker, args=(i % gpus, *shared)) for i in range(count)]
     for process in workers:
         process.start()
     for process in workers:

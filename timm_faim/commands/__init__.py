@@ -60,7 +60,7 @@ def answer_help() -> None:
     else:
         return
     asks = not words or bool({"-h", "--help", "--version"} & set(words))
-    if asks and not (words and words[0] in ("train", "evaluate")):  # whose options stand where they are used
+    if asks and not (words and words[0] == "train"):  # whose options stand where they are used
         main(words)
 
 

@@ -18,7 +18,7 @@ from .tap import layer_inputs, pooled
 _logger = logging.getLogger(__name__)
 
 
-def _fitted_features(head: FAIMHead, x: Tensor) -> Tensor:
+def fitted_features(head: FAIMHead, x: Tensor) -> Tensor:
     """What the moments are taken of: on the indicatrix, which the fit itself decides, the features as they come."""
     return x if head.center is not None else head.embed(x)
 
@@ -64,7 +64,7 @@ def fit_(
     def add(inputs: dict[str, Tensor], targets: Tensor) -> None:
         for name, x in inputs.items():
             x = pooled(x, heads[name].in_features)
-            stats[name].update(_fitted_features(heads[name], x), targets.to(x.device))
+            stats[name].update(fitted_features(heads[name], x), targets.to(x.device))
 
     _add_all(layer_inputs(model, heads, batches, forward), add, stats.values())
     reached = [name for name in heads if stats[name].counts_C.any()]

@@ -29,7 +29,7 @@ def checked_number(
         ValueError: outside the range, NaN or infinite.
     """
     bound = f"> {least:g}" if above else f">= {least:g}"
-    wanted = f"a finite number {bound}" if most is None else f"a number in [{least:g}, {most:g}]"
+    wanted = f"a finite number {bound}" if most is None else f"a number in {'(' if above else '['}{least:g}, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
     if not (math.isfinite(value) and (value > least or (value == least and not above)) and value <= (most or math.inf)):

@@ -14,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
+from timm_faim.calibration import BINS, reliability
 from timm_faim.report.predictions import predictions
 from timm_faim.run.errors import UserError
 from timm_faim.run.gather import gather_rows
 
-BINS = 15  # of the calibration error, as in Guo et al. 2017
 MOST_CONFUSED = 50  # rows of most_confused.csv
+CELLS = 2**27  # logits that are kept for a calibration: 512 MiB
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,36 @@ class Evaluation:
 
         Bin m of M holds the confidences in ((m - 1)/M, m/M].
         """
-        number = np.clip(np.ceil(self.confidence.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
-        counts = np.bincount(number, minlength=bins)
-        confidence = np.bincount(number, weights=self.confidence, minlength=bins) / counts.clip(1)
-        accuracy = np.bincount(number, weights=self.correct, minlength=bins) / counts.clip(1)
+        found = reliability(torch.from_numpy(self.confidence), torch.from_numpy(self.correct), bins)
+        counts, confidence, accuracy = (each.numpy() for each in found)
         return counts, confidence, accuracy
 
     def ece(self, bins: int = BINS) -> float:
         """Expected calibration error in per cent (Guo et al. 2017): mean |accuracy - confidence| over bins."""
         counts, confidence, accuracy = self.calibration(bins)
         return 100 * float((counts * abs(accuracy - confidence)).sum()) / max(1, len(self.index))
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, target: torch.Tensor, images_per_s: float | None = None) -> "Evaluation":
+        """The evaluation of logits [N, C] of images of the classes [N], in the order of the data set."""
+        integers, numbers = _judge(logits.float(), target, torch.arange(len(target), device=target.device))
+        whole, real = integers.cpu().numpy(), numbers.cpu().numpy()
+        return cls._of_rows(logits.shape[1], whole, real, images_per_s)
+
+    @classmethod
+    def _of_rows(cls, num_classes: int, whole: np.ndarray, real: np.ndarray, rate: float | None) -> "Evaluation":
+        """Of the rows of `_judge`."""
+        return cls(
+            num_classes,
+            index=whole[:, 0],
+            target=whole[:, 1],
+            prediction=whole[:, 2],
+            top5=whole[:, 3].astype(bool),
+            confidence=real[:, 0],
+            loss=real[:, 1],
+            margin=real[:, 2],
+            images_per_s=rate,
+        )
 
     def metrics(self) -> dict[str, Any]:
         """`loss`, `top1`, `top5`, `mean_class_top1` and `ece` in per cent, `samples`, `images_per_s`."""
@@ -134,8 +155,36 @@ class Evaluation:
         }
 
 
+class KeptLogits:
+    """Logits of the images of a `collect`, of every n-th where all would take more than `CELLS` numbers.
+
+    Args:
+        images: N.
+        num_classes: C.
+    """
+
+    def __init__(self, images: int, num_classes: int) -> None:
+        self.every = max(1, -(-images * num_classes // CELLS))
+        self._rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, logits: torch.Tensor, target: torch.Tensor, place: torch.Tensor) -> None:
+        """Keep what is to be kept of a batch."""
+        kept = place % self.every == 0
+        self._rows.append((logits[kept].float(), target[kept], place[kept]))
+
+    def gathered(self, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [M, C] and classes [M] on the CPU, in the order of the data set; a collective call."""
+        logits, target, place = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        place = place * accelerator.num_processes + accelerator.process_index
+        logits, target, place = (gather_rows(rows, accelerator).cpu() for rows in (logits, target, place))
+        order = place.argsort()
+        return logits[order], target[order]
+
+
 @torch.inference_mode()
-def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, **options: bool) -> Evaluation:
+def collect(
+    model: torch.nn.Module, loader: Any, accelerator: Accelerator, kept: KeptLogits | None = None, **options: bool
+) -> Evaluation:
     """What the model says of the images of `predictions`; a collective call, with the same result on every process.
 
     Logits are reduced batch by batch, so that memory grows with N only.
@@ -145,6 +194,7 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, **opt
         loader: timm's validation loader of (images [B, channels, H, W], target [B]). Process r of W reads the images
             r, r + W, r + 2 W, ... of the data set; for iterable data `index` is no more than a number.
         accelerator: where and in which precision to run.
+        kept: keeps the logits.
         **options: those of `predictions`.
 
     Raises:
@@ -160,6 +210,8 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, **opt
             raise ValueError(f"expected class indices [B], got targets of shape {list(target.shape)}")
         num_classes = output.shape[1]
         integers, numbers = _judge(output.float(), target, place)
+        if kept is not None:
+            kept.add(output, target, place)
         whole.append(integers)
         real.append(numbers)
         if start is None:  # the first batch pays for start-up, compilation and the workers
@@ -184,17 +236,8 @@ def collect(model: torch.nn.Module, loader: Any, accelerator: Accelerator, **opt
             f"the validation data have labels from {target.min()} to {target.max()}, outside the "
             f"{num_classes} classes of the model. Give --num-classes {target.max() + 1} or mend them"
         )
-    return Evaluation(
-        num_classes,
-        index=integers[:, 0],
-        target=target,
-        prediction=integers[:, 2],
-        top5=integers[:, 3].astype(bool),
-        confidence=numbers[:, 0],
-        loss=numbers[:, 1],
-        margin=numbers[:, 2],
-        images_per_s=round(float(rates[:, 0].sum()) / slowest, 1) if slowest > 0 else None,
-    )
+    rate = round(float(rates[:, 0].sum()) / slowest, 1) if slowest > 0 else None
+    return Evaluation._of_rows(num_classes, integers, numbers, rate)
 
 
 def _judge(logits: torch.Tensor, target: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from timm_faim.retrieval.images import Images, open_folder, open_model, read_ima
 from timm_faim.retrieval.sheet import Tile, choose_rows, draw_sheet
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import atomic_write, check_writable
+from timm_faim.run.opening import choose_device
 
 RESULT, SHEET = "retrieval.json", "neighbours.png"
 NEIGHBOURS = 8  # of a row of the sheet
@@ -56,7 +57,7 @@ def retrieve(args: argparse.Namespace) -> dict[str, Any]:
         UserError: wrong input.
     """
     _check(args)
-    device = _device(args.device)
+    device = choose_device(args.device)
     folder = _output_folder(args)
     model, head = open_model(args.checkpoint)
     task = _read(args, model.to(device), head, device)
@@ -237,15 +238,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     if find_spec("sklearn") is None:
         raise UserError("NMI needs scikit-learn: pip install 'timm-faim[metric]'")
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}. Leave it out, or give cpu") from e
-    return device
 
 
 def _output_folder(args: argparse.Namespace) -> Path:

@@ -9,13 +9,18 @@ from timm_faim.run.files import atomic_write
 from timm_faim.run.options import flag, option
 
 FINISHED = ".finished"
-REPORT = "report"
+CALIBRATION, REPORT = "calibration", "report"
 
 
 @dataclass
 class FinishOptions:
-    """Report and publication."""
+    """Calibration, report and publication."""
 
+    calibrate: bool = flag(
+        "set the temperature γ of the best weights, and thresholds for unknown images, from the validation images",
+        True,
+        marks="runtime faim",
+    )
     report: bool = flag("write an HTML page about the run", True, marks="runtime")
     push_to_hub: str = option(
         "publish the finished run on the Hugging Face Hub", "", metavar="ORG/NAME", marks="usual training runtime"
@@ -32,15 +37,19 @@ def push_to(repo: str) -> str:
 
 
 def work_left(options: FinishOptions, folder: Path, epochs: int) -> list[str]:
-    """What is asked for after `epochs` epochs and not done: REPORT, `push_to(...)`, in the order of doing."""
-    asked = ([REPORT] if options.report else []) + ([push_to(options.push_to_hub)] if options.push_to_hub else [])
+    """What is asked for after `epochs` epochs and not done: CALIBRATION, REPORT, `push_to(...)`, in this order."""
+    asked = {
+        CALIBRATION: options.calibrate,
+        REPORT: options.report,
+        push_to(options.push_to_hub): bool(options.push_to_hub),
+    }
     done = _read(folder, epochs)
-    return [work for work in asked if work not in done]
+    return [work for work, is_asked in asked.items() if is_asked and work not in done]
 
 
-def record_done(folder: Path, epochs: int, work: str = "") -> None:
+def record_done(folder: Path, epochs: int, *work: str) -> None:
     """Put on record that the run has its `epochs` epochs, and what else is done since."""
-    done = [*_read(folder, epochs), *([work] if work else [])]
+    done = [*_read(folder, epochs), *work]
     with atomic_write(folder / FINISHED) as temporary:
         temporary.write_text(json.dumps({"epochs": epochs, "done": done}) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from timm.models._hub import hf_split
 from torch import nn
@@ -70,3 +71,17 @@ def _config_of(name: str) -> dict[str, Any]:
 def _names(model: nn.Module, config: dict[str, Any]) -> list[str] | None:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or config.get("class_order")
     return [str(name) for name in names] if names else None
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of --device; without a name a GPU where there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}. Leave it out, or give cpu") from e
+    return device

@@ -13,7 +13,9 @@ from timm_faim.documents import read_json
 from timm_faim.models.config import resolve_faim_cfg
 from timm_faim.run.errors import UserError
 from timm_faim.run.files import atomic_write, link_as
+from timm_faim.run.record import KEY
 
+CONFIG = "config.json"
 LAST, BEST, TIMM_NAME = "last.safetensors", "model_best.safetensors", "model.safetensors"
 TOP = "top"  # folder of the best epochs' weights
 
@@ -25,6 +27,7 @@ def save_config(
     label_names: list[str] | None,
     pretrained: bool,
     class_order: list[str] | None = None,
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json: architecture, arguments, preprocessing and labels.
 
@@ -32,9 +35,11 @@ def save_config(
         model: model made by `timm.create_model`.
         path: the file.
         data_config: preprocessing that the model was trained with.
-        label_names: class names in the order of their indices.
+        label_names: class names in the order of their indices; None leaves those that the model's weights came with,
+            where there is no ``class_order``.
         pretrained: whether training began from published weights, whose tag and licence then stay on record.
         class_order: class names of the data, for a model that has more classes and so no `label_names`.
+        record: see `timm_faim.run.record`.
     """
     with atomic_write(path) as temporary:
         model_config = {"label_names": label_names} if label_names else {}
@@ -42,12 +47,25 @@ def save_config(
         config = json.loads(temporary.read_text(encoding="utf-8"))
         if class_order and not label_names:
             config["class_order"] = class_order
+        _move_names(config)
+        if record:
+            config[KEY] = record
         # transformers' timm wrapper passes the number of classes itself and fails on a second one.
         config.get("model_args", {}).pop("num_classes", None)
         if not pretrained:
             for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
                 config["pretrained_cfg"].pop(key, None)
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_names(config: dict[str, Any]) -> None:
+    """Class names and descriptions that a model was opened with are in its pretrained_cfg; a config has them beside."""
+    brought = {key: config["pretrained_cfg"].pop(key, None) for key in ("label_names", "label_descriptions")}
+    if brought["label_names"] and "label_names" not in config and "class_order" not in config:
+        config["label_names"] = brought["label_names"]
+    names = set(config.get("label_names") or ())
+    if texts := {name: text for name, text in (brought["label_descriptions"] or {}).items() if name in names}:
+        config["label_descriptions"] = texts
 
 
 def save_weights(state: dict[str, torch.Tensor], folder: Path, is_best: bool) -> None:
@@ -96,14 +114,14 @@ def keep_best_epochs(
 
 def saved_class_order(folder: Path) -> list[str] | None:
     """The class names of the data in a run folder's config.json; None where there are none."""
-    config = _saved_config(folder)
+    config = saved_config(folder)
     names = config.get("label_names") or config.get("class_order")
     return names if isinstance(names, list) else None
 
 
 def saved_faim_cfg(folder: Path) -> dict[str, Any] | None:
     """The head's options in a run folder's config.json, completed; None where there are none that can be read."""
-    arguments = _saved_config(folder).get("model_args")
+    arguments = saved_config(folder).get("model_args")
     given = arguments.get("faim_cfg") if isinstance(arguments, dict) else None
     try:
         return None if given is None else resolve_faim_cfg(given)
@@ -134,9 +152,10 @@ def check_same_head(model: torch.nn.Module, folder: Path, asked: Collection[str]
         )
 
 
-def _saved_config(folder: Path) -> dict[str, Any]:
+def saved_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder; empty where there is none that can be read."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -88,7 +88,7 @@ def build_loaders(
     """
     processes, augmentation = accelerator.num_processes, options.augmentation
     if data.train is None:
-        return None, _in_order(options, data.val, data_config, accelerator, distributed=processes > 1)
+        return None, build_clean_loader(options, data.val, data_config, accelerator)
     if augmentation.aug_repeats and processes == 1:
         raise UserError(
             "--aug-repeats gives the copies of an image to different processes, and there is one. Start "
@@ -140,7 +140,7 @@ def build_loaders(
         train.dataset.transform = Views(train.dataset.transform, options.contrastive.views)
     if data.val is None:
         return train, None
-    return train, _in_order(options, data.val, data_config, accelerator, distributed=processes > 1)
+    return train, build_clean_loader(options, data.val, data_config, accelerator)
 
 
 def build_fit_loader(
@@ -161,6 +161,14 @@ def build_fit_loader(
             "shared out. Leave --head-init out, or train with one process"
         )
     return _in_order(options, dataset, data_config, accelerator, distributed=False)
+
+
+def build_clean_loader(
+    options: "Options", dataset: Dataset, data_config: dict[str, Any], accelerator: Accelerator
+) -> Any:
+    """All images of a data set once, without augmentation, shared out over the processes (timm's loader repeats some at
+    the end to make the processes even; `evaluation_sample_limit` tells how many count)."""
+    return _in_order(options, dataset, data_config, accelerator, distributed=accelerator.num_processes > 1)
 
 
 class _OwnSession:

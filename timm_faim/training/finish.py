@@ -1,7 +1,7 @@
 """What is written once a run has ended, and by --eval-only: tables, pictures and the page."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ from accelerate import Accelerator
 from timm.task import MultiLabelClassificationEvaluator
 from torch.utils.data import IterableDataset
 
+from timm_faim import faim_heads
+from timm_faim.calibration import apply_temperature_, calibrate
 from timm_faim.images.datasets import TrainingData
 from timm_faim.images.folders import check_same_classes
-from timm_faim.report.evaluation import collect
+from timm_faim.report.evaluation import Evaluation, KeptLogits, collect
 from timm_faim.report.page import write_report
 from timm_faim.report.predictions import evaluate
 from timm_faim.report.tables import file_names, summary_lines, write_evaluation
+from timm_faim.run.calibrated import calibration_line, save_calibration
 from timm_faim.run.errors import UserError
 from timm_faim.run.files import atomic_write, create_run_folder
+from timm_faim.run.finished import CALIBRATION, REPORT
 from timm_faim.run.summary import read_summary
 from timm_faim.run.weights import BEST, saved_class_order
 from timm_faim.training.data import build_fit_loader
@@ -77,19 +81,29 @@ def evaluate_only(
                 temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             log(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     else:
-        _write(prepared, data, val_loader, accelerator, options, folder, {"model": options.model.model}, log)
+        evaluation = collect(prepared, val_loader, accelerator, **options.reading)
+        if folder is not None:
+            _write(evaluation, data, folder, {"model": options.model.model}, log)
     log(f"evaluation in {folder}")
     accelerator.end_training()
 
 
-def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict[str, Any], log: Callable) -> None:
-    """Evaluate the best weights as a person would open them, and write the tables and the page; a collective call.
+def finish(
+    run: Training,
+    data: TrainingData,
+    val_loader: Any,
+    data_config: dict[str, Any],
+    asked: Collection[str],
+    log: Callable,
+) -> None:
+    """Calibrate and evaluate the best weights as a person would open them, and write the page; a collective call.
 
     Args:
         run: the run, ended.
         data: the data.
         val_loader: validation images, or None: then the curves and the heads alone are shown.
         data_config: preprocessing.
+        asked: CALIBRATION, REPORT or both.
         log: print of the main process.
     """
     options, accelerator = run.options, run.accelerator
@@ -98,18 +112,12 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
     model = timm.create_model(f"local-dir:{run.run_folder}", pretrained=True).to(accelerator.device, dtype).eval()
     evaluation = None
     if val_loader is not None and not options.data.multi_label:
-        folder = run.run_folder / "eval" if accelerator.is_main_process else None
-        evaluation = _write(
-            model,
-            data,
-            val_loader,
-            accelerator,
-            options,
-            folder,
-            {"model": options.model.model, "weights": str(run.run_folder / BEST)},
-            log,
-        )
-    if accelerator.is_main_process:
+        calibrates = CALIBRATION in asked and bool(faim_heads(model))
+        evaluation = _evaluate(run, model, val_loader, calibrates, log)
+        if REPORT in asked and accelerator.is_main_process:
+            info = {"model": options.model.model, "weights": str(run.run_folder / BEST)}
+            _write(evaluation, data, run.run_folder / "eval", info, log)
+    if REPORT in asked and accelerator.is_main_process:
         is_stream = isinstance(data.train, IterableDataset)  # whose images cannot be read by their number
         try:
             page = write_report(
@@ -135,19 +143,29 @@ def finish(run: Training, data: TrainingData, val_loader: Any, data_config: dict
     accelerator.wait_for_everyone()
 
 
-def _write(
-    model: torch.nn.Module,
-    data: TrainingData,
-    val_loader: Any,
-    accelerator: Accelerator,
-    options: Options,
-    folder: Path | None,
-    info: dict[str, Any],
-    log: Callable,
-) -> Any:
-    evaluation = collect(model, val_loader, accelerator, **options.reading)
-    if folder is not None:
-        write_evaluation(folder, evaluation, data.label_names, file_names(data.val), info)
-        for line in summary_lines(evaluation, data.label_names):
-            log(line)
-    return evaluation
+def _evaluate(run: Training, model: torch.nn.Module, val_loader: Any, calibrates: bool, log: Callable) -> Evaluation:
+    """The evaluation of the model, after a calibration where one is asked for; a collective call."""
+    accelerator, reading = run.accelerator, run.options.reading
+    if not calibrates:
+        return collect(model, val_loader, accelerator, **reading)
+    kept = KeptLogits(len(val_loader.dataset), model.num_classes)
+    evaluation = collect(model, val_loader, accelerator, kept, **reading)
+    logits, target = kept.gathered(accelerator)  # the same in every process, and so is what follows from them
+    try:
+        calibration = calibrate(logits, target, "validation")
+    except ValueError as e:
+        log(f"not calibrated: {e}")
+        return evaluation
+    apply_temperature_(model, calibration.temperature)
+    if accelerator.is_main_process:
+        save_calibration(run.run_folder, calibration)
+    log(calibration_line(calibration))
+    if kept.every > 1:
+        return collect(model, val_loader, accelerator, **reading)
+    return Evaluation.of(logits / calibration.temperature, target, evaluation.images_per_s)
+
+
+def _write(evaluation: Evaluation, data: TrainingData, folder: Path, info: dict[str, Any], log: Callable) -> None:
+    write_evaluation(folder, evaluation, data.label_names, file_names(data.val), info)
+    for line in summary_lines(evaluation, data.label_names):
+        log(line)

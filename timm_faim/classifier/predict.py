@@ -1,0 +1,183 @@
+"""`timm-faim predict`: classify images, in one process or several, and go on where a killed run was."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from timm.data import create_loader
+from tqdm import tqdm
+
+from timm_faim.classifier.classifier import Classifier, load
+from timm_faim.classifier.gallery_page import write_gallery
+from timm_faim.classifier.prediction import Judge
+from timm_faim.classifier.rows import Journal, Row, line_of, row_of, write_rows
+from timm_faim.images.checked import UNREADABLE
+from timm_faim.images.files import images_of, list_images, why_unreadable
+from timm_faim.run.errors import UserError
+from timm_faim.run.files import check_writable
+from timm_faim.run.opening import choose_device
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Classify the images that the options name; rows go to the terminal or to --output, a summary to stderr.
+
+    Raises:
+        UserError: wrong input.
+    """
+    for path in filter(None, (args.output, args.html)):
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise UserError(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no folder to hold it'}. "
+                            "Name a file")  # fmt: skip
+        check_writable(path.resolve().parent)
+    state = PartialState(cpu=choose_device(args.device).type == "cpu")
+    device = choose_device(args.device) if state.num_processes == 1 else state.device
+    paths = list_images(_places(args.images))
+    classifier = load(args.model, device, args.amp, "--model")
+    try:
+        judge = classifier.judge(args.top, args.unknown, args.set)
+    except ValueError as e:
+        raise UserError(f"--unknown {args.unknown:g}, --set {args.set}: {e}") from e
+    if args.neighbours and classifier.head is None:
+        raise UserError("--neighbours needs a model with one FAIM head. Leave it out")
+    gallery = classifier.gallery() if args.neighbours else None
+
+    kind = _format(args)
+    journal = None
+    if args.output is not None and state.is_main_process:
+        settings = {key: str(getattr(args, key)) for key in ("model", "top", "unknown", "set", "neighbours", "amp")}
+        journal = Journal(args.output, settings | {"weights": _age(classifier)})
+        if journal.rows:
+            print(f"going on after {len(journal.rows)} images of an earlier run", file=sys.stderr)
+    done = gather_object([{row["file"] for row in journal.rows} if journal else set()])[0]
+    left = [path for path in paths if path not in done]
+    started, rows = time.perf_counter(), list(journal.rows) if journal else []
+    with tqdm(total=len(left), desc="images", unit="image", leave=False, disable=None if journal else True) as bar:
+        for found in _in_step(_rows(args, classifier, judge, gallery, left, state), len(left), args.batch_size, state):
+            rows += found
+            bar.update(len(found))
+            if journal is not None:
+                journal.add(found)
+            elif state.is_main_process and args.output is None:
+                for row in found:
+                    print(json.dumps(row, ensure_ascii=False) if kind == "jsonl" else line_of(row))
+    seconds = time.perf_counter() - started
+    if not state.is_main_process:
+        return
+    if all("error" in row for row in rows):
+        raise UserError(f"none of the {len(rows)} images can be read, such as {rows[0]['file']}: {rows[0]['error']}")
+    order = {path: i for i, path in enumerate(paths)}
+    rows = sorted((row for row in rows if row["file"] in order), key=lambda row: order[row["file"]])
+    if journal is not None:
+        write_rows(args.output, rows, kind)
+        journal.remove()
+    if args.html is not None:
+        write_gallery(args.html, rows, f"Predictions of {args.model}", args.html_images)
+    for line in _summary(rows, len(left), seconds, classifier, args):
+        print(line, file=sys.stderr)
+
+
+def _places(words: Sequence[str]) -> list[str]:
+    """The places on the command line; those that come on standard input in the place of "-"."""
+    places: list[str] = []
+    for word in words:
+        places += [line.rstrip("\n") for line in sys.stdin if line.strip()] if word == "-" else [word]
+    return places
+
+
+def _format(args: argparse.Namespace) -> str:
+    by_name = args.output.suffix.lower().removeprefix(".") if args.output is not None else "table"
+    kind = args.format or {"json": "jsonl", "ndjson": "jsonl"}.get(by_name, by_name)
+    if args.output is not None and kind not in ("csv", "jsonl"):
+        raise UserError(f"--output {args.output} is of no known format: name a file .csv or .jsonl, or give --format")
+    if args.output is None and kind == "csv":
+        raise UserError("--format csv needs a file, whose columns are known at the end: give --output FILE.csv")
+    return kind
+
+
+def _age(classifier: Classifier) -> str:
+    """Changes when the weights do."""
+    sums = [parameter.detach().double().sum().item() for parameter in classifier.model.parameters()]
+    return f"{sum(sums):.17g}"
+
+
+def _rows(
+    args: argparse.Namespace,
+    classifier: Classifier,
+    judge: Judge,
+    gallery: Any,
+    paths: Sequence[str],
+    state: PartialState,
+) -> Iterator[list[Row]]:
+    """Rows of this process's share of the images, batch by batch."""
+    mine = paths[state.process_index :: state.num_processes]
+    if not mine:
+        return
+    config = classifier.data_config
+    loader = create_loader(
+        images_of(mine, classifier.mode),
+        config["input_size"],
+        args.batch_size,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=min(args.workers, -(-len(mine) // args.batch_size)),
+        persistent_workers=False,
+        pin_memory=classifier.device.type == "cuda",
+        device=classifier.device,
+    )
+    start = 0
+    for batch, numbers in loader:
+        logits, points = (classifier.logits(batch), None) if gallery is None else classifier.points(batch)
+        found = judge(logits)
+        near = gallery.nearest(points, args.neighbours) if gallery is not None else [()] * len(found)
+        rows = []
+        for i, (number, prediction) in enumerate(zip(numbers.tolist(), found, strict=True)):
+            file = mine[start + i]
+            if number == UNREADABLE:
+                rows.append({"file": file, "error": why_unreadable(file, classifier.mode)})
+            else:
+                rows.append(row_of(file, replace(prediction, neighbours=near[i])))
+        start += len(found)
+        yield rows
+
+
+def _in_step(batches: Iterator[list[Row]], images: int, batch_size: int, state: PartialState) -> Iterator[list[Row]]:
+    """The rows of all processes, one batch of each at a time; what one of them raises ends all of them."""
+    if state.num_processes == 1:
+        yield from batches
+        return
+    share = (images - 1) // state.num_processes + 1  # of the first process, which has the most
+    for _ in range((share - 1) // batch_size + 1):
+        try:
+            mine, problem = next(batches, []), None
+        except (UserError, RuntimeError) as e:
+            mine, problem = [], f"{e} (process {state.process_index})"
+        problems = [found for found in gather_object([problem]) if found is not None]
+        if problems:
+            raise UserError(problems[0])
+        yield gather_object(mine)
+
+
+def _summary(
+    rows: Sequence[Row], new: int, seconds: float, classifier: Classifier, args: argparse.Namespace
+) -> Iterator[str]:
+    errors = [row for row in rows if "error" in row]
+    rate = f", {new / seconds:.0f} images/s" if new and seconds > 0 else ""
+    yield f"{len(rows)} images in {seconds:.1f} s{rate}"
+    if errors:
+        yield f"{len(errors)} cannot be read, such as {errors[0]['file']} ({errors[0]['error']})"
+    if args.unknown and classifier.calibration is not None:
+        unknown = sum(row.get("known") is False for row in rows)
+        yield f"{unknown} are called unknown; of images of the classes at most {100 * args.unknown:g} % are"
+    elif args.unknown:
+        yield "nothing is called unknown: the model was not calibrated on held-out images"
+    if written := [str(path) for path in (args.output, args.html) if path is not None]:
+        yield f"written: {', '.join(written)}"

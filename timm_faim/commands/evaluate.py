@@ -1,0 +1,52 @@
+"""Accuracy, confusions and calibration of a model on images of known classes, in tables and pictures.
+
+timm-faim evaluate output/RUN                      # on the validation images of the run
+timm-faim evaluate output/RUN DIR                  # on others: DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg
+timm-faim evaluate hf-hub:ORG/NAME DIR
+"""
+
+import argparse
+from pathlib import Path
+
+from timm_faim.run.errors import UserError
+from timm_faim.run.options import MANY, Number, available_cores, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add = parser.add_argument
+    add("model", metavar="RUN", help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights")
+    add("folder", nargs="?", metavar="DIR", help="images of known classes (default: those of the run)")
+    add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
+    add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
+    add("--val-flip", action="store_true", help="average the logits of each image and its mirror image")
+    add("--class-map", metavar="FILE", help="the classes in order, one a line")
+    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    add("--batch-size", type=whole(1, MANY), default=64, metavar="N", help="images at a time (default: 64)")
+    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
+        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
+    add("--amp", action="store_true", help="run the model in bfloat16 autocast")
+    add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
+    add("--experiment", default="", metavar="NAME", help="folder of this evaluation (default: time, model and size)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The evaluation of a training run, by the training's own code."""
+    is_run = Path(args.model).is_dir()
+    if args.folder is None and not is_run:
+        raise UserError(f"{args.model} is no run folder, which would know its images. Give the images: "
+                        f"timm-faim evaluate {args.model} DIR")  # fmt: skip
+    words = ["--eval-only"]
+    if args.folder is None:
+        words += ["--resume", args.model]
+    else:
+        words += ["--model", f"local-dir:{args.model}" if is_run else args.model, "--data-dir", args.folder]
+    for name in ("img_size", "crop_pct", "class_map", "batch_size", "workers", "output", "experiment"):
+        value = getattr(args, name)
+        words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--val-flip"] * args.val_flip + ["--skip-unreadable"] * args.skip_unreadable
+    words += ["--amp", "--amp-dtype", "bfloat16"] * args.amp
+
+    from timm_faim.train import main
+
+    main(words, "timm-faim evaluate")

@@ -1,0 +1,49 @@
+"""Make a classifier of images in closed form: one pass through the backbone, no training.
+
+timm-faim fit DIR --model faim_tf_efficientnet_lite0 --faim-cfg moments=True     # DIR/train/CLASS/*.jpg, DIR/val/...
+timm-faim fit DIR --model output/RUN            # other classes under the backbone of a run
+timm-faim fit DIR --val-fraction 0.1            # DIR/CLASS/*.jpg: every tenth image is held out in turn
+
+The run folder is that of a training, with evaluation and report. Features are kept on disk: the next fit of the same
+images takes seconds.
+"""
+
+import argparse
+from pathlib import Path
+
+from timm_faim.run.options import MANY, Number, above, available_cores, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="folder with train/ and val/, or with one folder of images a class")
+    add("--model", default="faim_resnet50", metavar="NAME", help="timm name with the prefix faim_, run folder, or "
+        "hf-hub:ORG/NAME (default: faim_resnet50)")  # fmt: skip
+    add("--pretrained-path", metavar="FILE", help="the backbone's weights from this file")
+    add("--faim-cfg", nargs="*", default=[], metavar="KEY=VALUE", help="options of the head, for example moments=True")
+    add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
+    add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
+    add("--val-fraction", type=Number(float, 0, 0.5, above=True), metavar="F",
+        help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
+    add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
+        help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
+    add("--class-map", metavar="FILE", help="the classes in order, one a line")
+    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    add("--batch-size", type=whole(1, MANY), default=64, metavar="N", help="images at a time (default: 64)")
+    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
+        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
+    add("--amp", action="store_true", help="run the backbone in bfloat16 autocast")
+    add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
+    add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")
+    add("--cache", type=Path, metavar="DIR", help="where features are kept (default: the user's cache folder)")
+    add("--no-cache", action="store_true", help="keep no features")
+    add("--no-neighbours", action="store_true", help="keep no points of training images for predict --neighbours")
+    add("--no-report", action="store_true", help="write no report.html")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit a classifier."""
+    from timm_faim.fitting.command import fit
+
+    fit(args)
