@@ -1,9 +1,6 @@
 """The folder that is published: what is in it, what is not, and that it opens."""
 
 import json
-import subprocess
-import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +12,14 @@ from huggingface_hub import ModelCard
 from runs import make_images, train_tiny
 from safetensors.torch import load_file, save_file
 
+import timm_faim
+from timm_faim.calibration import calibrate
 from timm_faim.commands import run_command
 from timm_faim.hub import Release, build_package, save_model
+from timm_faim.hub.public import public_config
 from timm_faim.run.csv_file import write_csv
 from timm_faim.run.errors import UserError
+from timm_faim.run.record import write_record
 
 command = partial(run_command, "hub")
 
@@ -229,20 +230,6 @@ def test_wrong_label_descriptions(finished, tmp_path, content, message):
         command(["push", str(finished), "--repo", REPO, "--label-descriptions", str(tmp_path / "labels.json")])
 
 
-@pytest.mark.slow
-def test_a_wheel_carries_entries_recipes_and_data(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "timm_faim/hub_configs/template.yaml",
-        "timm_faim/configs/omniglot.yaml",
-        "timm_faim/data/omniglot242.tar.gz",
-        "timm_faim/hub/command.py",
-    } <= names
-
-
 def test_a_name_is_words_in_the_card_and_never_a_formula_in_a_table(finished, tmp_path):
     name = "<script>x</script> [a](http://b) | =1\n# big"
     build_package(finished, tmp_path / "package", Release(REPO, dataset_name=name))
@@ -252,3 +239,25 @@ def test_a_name_is_words_in_the_card_and_never_a_formula_in_a_table(finished, tm
     assert ModelCard(card).data.eval_results is None or ModelCard(card).data.eval_results[0].dataset_name == name
     write_csv(tmp_path / "t.csv", [["=1+1", "-3.5", -2, "@x", "a=b", "+cmd"]])
     assert (tmp_path / "t.csv").read_text() == "'=1+1,-3.5,-2,'@x,a=b,'+cmd\n"
+
+
+def test_the_record_is_published_as_far_as_it_is_one(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    torch.manual_seed(0)
+    count = config["num_classes"]
+    found = calibrate(torch.randn(30, count), torch.arange(30) % count, "cross-fitted training images").to_json()
+    record = {"images": [5] * count, "calibration": found, "folder": "/home/me"}
+    whole = public_config(config | {"classifier": record})
+    assert whole["classifier"] == {"images": [5] * count, "calibration": found}
+    broken = public_config(config | {"classifier": {"images": ["/home"], "calibration": {"source": "/home/me"}}})
+    assert "classifier" not in broken
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (run / name).write_bytes((finished / name).read_bytes())
+    write_record(run / "config.json", **record)
+    build_package(run, tmp_path / "package", Release(REPO))
+    card = (tmp_path / "package" / "README.md").read_text()
+    assert f"timm-faim predict photos/ --model hf-hub:{REPO}" in card
+    assert "calibrated on 30 cross-fitted training images" in card
+    assert timm_faim.load(tmp_path / "package", device="cpu").calibration.images == 30

@@ -174,7 +174,7 @@ def test_a_killed_prediction_goes_on_where_it_was(run, data, tmp_path, monkeypat
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     words = (data / "val", "--model", run, "--batch-size", 2, "--output")
     predict(*words, whole)
-    real, seen = module._rows, []
+    real, seen = module.rows_of, []
 
     def stopped(*args):
         for number, found in enumerate(real(*args)):
@@ -182,18 +182,18 @@ def test_a_killed_prediction_goes_on_where_it_was(run, data, tmp_path, monkeypat
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(module, "_rows", stopped)
+    monkeypatch.setattr(module, "rows_of", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(*words, part)
     journal = tmp_path / ".part.jsonl.part"
     assert not part.exists() and journal.is_file()
     journal.write_bytes(journal.read_bytes() + b'{"file": "torn')  # a kill within a write
 
-    def counted(args, classifier, judge, gallery, paths, state):
+    def counted(paths, *args):
         seen.extend(paths)
-        yield from real(args, classifier, judge, gallery, paths, state)
+        yield from real(paths, *args)
 
-    monkeypatch.setattr(module, "_rows", counted)
+    monkeypatch.setattr(module, "rows_of", counted)
     capsys.readouterr()
     predict(*words, part)
     assert len(seen) == 13 - 6 and "going on after 6 images" in capsys.readouterr().err

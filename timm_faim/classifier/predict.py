@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from timm_faim.classifier.classifier import Classifier, load
 from timm_faim.classifier.gallery_page import write_gallery
+from timm_faim.classifier.neighbours import Gallery
 from timm_faim.classifier.prediction import Judge
 from timm_faim.classifier.rows import Journal, Row, line_of, row_of, write_rows
 from timm_faim.images.checked import UNREADABLE
@@ -56,9 +57,10 @@ def predict(args: argparse.Namespace) -> None:
             print(f"going on after {len(journal.rows)} images of an earlier run", file=sys.stderr)
     done = gather_object([{row["file"] for row in journal.rows} if journal else set()])[0]
     left = [path for path in paths if path not in done]
+    made = rows_of(left, classifier, judge, gallery, args.batch_size, args.workers, state, args.neighbours)
     started, rows = time.perf_counter(), list(journal.rows) if journal else []
     with tqdm(total=len(left), desc="images", unit="image", leave=False, disable=None if journal else True) as bar:
-        for found in _in_step(_rows(args, classifier, judge, gallery, left, state), len(left), args.batch_size, state):
+        for found in _in_step(made, len(left), args.batch_size, state):
             rows += found
             bar.update(len(found))
             if journal is not None:
@@ -106,45 +108,47 @@ def _age(classifier: Classifier) -> str:
     return f"{sum(sums):.17g}"
 
 
-def _rows(
-    args: argparse.Namespace,
-    classifier: Classifier,
-    judge: Judge,
-    gallery: Any,
-    paths: Sequence[str],
-    state: PartialState,
-) -> Iterator[list[Row]]:
-    """Rows of this process's share of the images, batch by batch."""
-    mine = paths[state.process_index :: state.num_processes]
-    if not mine:
-        return
+def loader_of(paths: Sequence[str], classifier: Classifier, batch_size: int, workers: int) -> Any:
+    """timm's loader of files as the model sees them: (images [B, channels, H, W], places in the list [B])."""
     config = classifier.data_config
-    loader = create_loader(
-        images_of(mine, classifier.mode),
+    return create_loader(
+        images_of(paths, classifier.mode),
         config["input_size"],
-        args.batch_size,
+        batch_size,
         mean=config["mean"],
         std=config["std"],
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
-        num_workers=min(args.workers, -(-len(mine) // args.batch_size)),
+        num_workers=min(workers, -(-len(paths) // batch_size)),
         persistent_workers=False,
         pin_memory=classifier.device.type == "cuda",
         device=classifier.device,
     )
-    start = 0
-    for batch, numbers in loader:
+
+
+def rows_of(
+    paths: Sequence[str],
+    classifier: Classifier,
+    judge: Judge,
+    gallery: Gallery | None,
+    batch_size: int,
+    workers: int,
+    state: PartialState,
+    neighbours: int = 0,
+) -> Iterator[list[Row]]:
+    """Rows of this process's share of the images, batch by batch."""
+    mine, start = paths[state.process_index :: state.num_processes], 0
+    for batch, numbers in loader_of(mine, classifier, batch_size, workers) if mine else ():
         logits, points = (classifier.logits(batch), None) if gallery is None else classifier.points(batch)
         found = judge(logits)
-        near = gallery.nearest(points, args.neighbours) if gallery is not None else [()] * len(found)
+        near = gallery.nearest(points, neighbours) if gallery is not None else [()] * len(found)
         rows = []
-        for i, (number, prediction) in enumerate(zip(numbers.tolist(), found, strict=True)):
-            file = mine[start + i]
+        for file, number, prediction, alike in zip(mine[start:], numbers.tolist(), found, near, strict=False):
             if number == UNREADABLE:
                 rows.append({"file": file, "error": why_unreadable(file, classifier.mode)})
             else:
-                rows.append(row_of(file, replace(prediction, neighbours=near[i])))
+                rows.append(row_of(file, replace(prediction, neighbours=alike)))
         start += len(found)
         yield rows
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 
+from timm_faim.run.record import record_of
 from timm_faim.version import __version__
 
 CARD = "README.md"
@@ -108,6 +109,12 @@ def _text(facts: Facts) -> str:
                 ["made with", f"timm_faim {__version__}"],
             ],
         ),
+        "## Classify images",
+        f"```bash\npip install timm-faim\ntimm-faim predict photos/ --model hf-hub:{facts.repo_id}\n```",
+        f'```python\nimport timm_faim\n\nclassifier = timm_faim.load("hf-hub:{facts.repo_id}")\n'
+        'prediction = classifier("photo.jpg")  # or a list of paths, PIL images, arrays\n'
+        "print(prediction.name, prediction.confidence)\n```",
+        *_calibrated(facts.config),
         "## Load it",
         "The `faim_` architectures come with timm_faim (`pip install timm-faim`), which must be imported first.",
         f"```python\nimport timm\nimport timm_faim  # registers the faim_ architectures\n\n"
@@ -134,6 +141,19 @@ def _text(facts: Facts) -> str:
                 "All options are in [train_args.yaml](train_args.yaml), every epoch in [summary.csv](summary.csv)."
             )
     return "\n\n".join(sections) + "\n"
+
+
+def _calibrated(config: Mapping[str, Any]) -> list[str]:
+    """What the probabilities were made on; nothing of a model that was never calibrated."""
+    found = record_of(config).get("calibration")
+    if not found:
+        return []
+    return [
+        f"Probabilities are calibrated on {found['images']} {found['source']}"
+        + (" images" if found["source"] == "validation" else "")
+        + "; an image that is like none of the classes is called unknown, at the cost of 5 % of the others "
+        "(`--unknown RATE`)."
+    ]
 
 
 def _training_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -7,14 +7,16 @@ short, so that none of them is a place, a formula or markup.
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from timm_faim.calibration import Calibration
 from timm_faim.documents import read_json
 from timm_faim.models.published import INPUT_KEYS
 from timm_faim.models.saved import is_number
 from timm_faim.run.errors import UserError
-from timm_faim.run.record import KEY, record_of
+from timm_faim.run.record import KEY, images_of, record_of
 from timm_faim.training.options import build_parser
 
 # Options whose values are names of timm's or of ours, never a place on the machine that trained. Numbers, switches and
@@ -91,9 +93,20 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     labels = {key: config[key] for key in ("label_names", "label_descriptions") if config.get(key)}
     cfg = _known(config["pretrained_cfg"], _PRETRAINED) | {"custom_load": False}
-    record = public_part(record_of(config))
+    record = public_record(config)
     labels |= {KEY: record} if record else {}
     return _known(config, _CONFIG) | labels | {"model_args": arguments, "pretrained_cfg": cfg}
+
+
+def public_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a config says of its classes the images of each and the calibration, as far as they are what they should
+    be."""
+    found, record = record_of(config), {}
+    if (images := images_of(found, config["num_classes"])) is not None:
+        record["images"] = images
+    with suppress(KeyError, ValueError):
+        record["calibration"] = Calibration.from_json(found["calibration"]).to_json()
+    return record
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
