@@ -21,7 +21,7 @@ from timm_faim.run.files import atomic_write
 from timm_faim.version import __version__
 
 FORMATS, DTYPES, OUTPUTS = ("onnx", "pt2", "torchscript"), ("float32", "float16", "int8"), ("logits", "probabilities")
-TOLERANCE = 1e-3  # of float32: the largest difference over the mean spread of an image's outputs over the classes
+TOLERANCE = 3e-4  # of float32: the largest difference over the mean spread of an image's outputs over the classes
 AGREEMENT = {"float16": 0.98, "int8": 0.9}  # of the first class
 _BATCH = 16
 
