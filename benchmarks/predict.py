@@ -2,8 +2,8 @@
 
     python benchmarks/predict.py [--model faim_resnet50] [--device cuda] [--size 224] [--images 512]
 
-Files are JPEGs of noise, written to a temporary folder; weights are random. Both sides take timm's loader, and the backbone
-has no classifier. Rounds alternate.
+Files are JPEGs of noise, written to a temporary folder; weights are random. Both sides take timm's loader, and the
+backbone has no classifier. Rounds alternate.
 """
 
 import argparse

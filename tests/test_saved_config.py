@@ -171,7 +171,7 @@ def test_an_unknown_layer_is_one_line(folder, config, tmp_path):
     copied(folder, config, tmp_path)
     with pytest.raises(UserError, match="does not open with timm"):
         open_folder(tmp_path)
-    with pytest.raises(UserError, match="cannot open --checkpoint"):
+    with pytest.raises(UserError, match="cannot open --model"):
         open_model(str(tmp_path))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 import timm
@@ -15,11 +14,11 @@ from test_train_fsdp import needs_fsdp_on_cpu
 from test_train_run import evaluate_run
 
 from timm_faim import FAIMHead, TargetMargin, fit_
+from timm_faim.commands import run_command
 from timm_faim.hub import Release, build_package
 from timm_faim.metric import unit_vectors
 from timm_faim.models.saved import check_config
 from timm_faim.report.distances import HeadDistances
-from timm_faim.retrieval import __main__ as retrieval
 from timm_faim.run.errors import UserError
 from timm_faim.training.fits import starts_from_data
 
@@ -158,10 +157,9 @@ def test_a_run_is_packed_for_the_hub_with_the_dict_of_its_moments(run, tmp_path)
         assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), model(x))
 
 
-def test_images_are_searched_by_the_distance_of_all_parts(run, images, tmp_path, monkeypatch):
-    words = ["retrieve", images / "train", "--checkpoint", run, "--workers", "0", "--output", tmp_path / "found"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    retrieval.main()
+def test_images_are_searched_by_the_distance_of_all_parts(run, images, tmp_path):
+    words = [images / "train", "--model", run, "--workers", "0", "--output", tmp_path / "found"]
+    run_command("retrieve", [str(word) for word in words])
     facts = json.loads((tmp_path / "found" / "retrieval.json").read_text())
     assert facts["gallery_images"] == 12 and facts["results"]["FAIM"]["Recall@1"] > 50
 
