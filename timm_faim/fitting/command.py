@@ -1,9 +1,10 @@
 """`timm-faim fit`: a classifier in closed form, saved like a training run, with evaluation and report."""
 
 import argparse
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,31 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils import random_seed
 
-from timm_faim.calibration import FOLDS, Calibration, apply_temperature_, calibrate, lookalike_folds
-from timm_faim.classifier.neighbours import Gallery
+from timm_faim import FAIMHead
+from timm_faim.calibration import FOLDS, apply_temperature_, calibrate, lookalike_folds
 from timm_faim.data import cache_dir
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
+from timm_faim.fitting.saving import Fitted, save_run
 from timm_faim.fitting.store import Features, key_of
 from timm_faim.images.checked import CheckedImages, reader_of
 from timm_faim.images.datasets import TrainingData, open_datasets
 from timm_faim.report.evaluation import Evaluation
-from timm_faim.report.page import write_report
-from timm_faim.report.tables import file_names, summary_lines, write_evaluation
 from timm_faim.run.calibrated import calibration_line
-from timm_faim.run.errors import UserError, resource_advice
+from timm_faim.run.errors import UserError, few, resource_advice
 from timm_faim.run.files import create_run_folder
-from timm_faim.run.finished import CALIBRATION, REPORT, record_done
-from timm_faim.run.lock import lock_run_folder, release_locks
-from timm_faim.run.summary import append_summary, head_metrics, read_summary, save_recipe
-from timm_faim.run.weights import CONFIG, save_config, save_weights
+from timm_faim.run.lock import LOCK, lock_run_folder, release_locks
 from timm_faim.training.args import is_faim, parse_args
 from timm_faim.training.data import build_clean_loader
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.model import build_data_config, build_model, input_channels
-from timm_faim.training.options import Options, as_recipe
+from timm_faim.training.options import Options
 
 _SPLITS = ("val", "validation", "valid", "eval", "test")
-_KEPT = 2**30  # bytes of training points that a run keeps
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -94,17 +91,45 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
             dataset.is_training = False  # an unreadable image is left out, no other one counts twice
     loaders = {split: build_clean_loader(options, dataset, data_config, accelerator)
                for split, dataset in datasets.items()}  # fmt: skip
-    started = time.perf_counter()
-    with _store_folder(args, model, data_config, datasets) as folder:
-        ran = extract(model, loaders, folder, accelerator)
+    with _run_folder(options, data_config["input_size"][-1], accelerator) as run_folder:
+        with _store_folder(args, model, data_config, datasets) as folder:
+            folder = Path(gather_object([str(folder)])[0])  # a temporary one is that of the main process
+            started = time.perf_counter()
+            ran = extract(model, loaders, folder, accelerator)
+            if is_main:
+                features = {split: Features(folder, split) for split in datasets}
+                seconds = time.perf_counter() - started
+                count, how = sum(map(len, features.values())), "computed" if ran else "found in the cache"
+                log(f"features of {count} images {how} in {seconds:.1f} s")
+                fitted = _fit_head(args, model, head, data, features, log)
+            accelerator.wait_for_everyone()
         if is_main:
-            features = {split: Features(folder, split) for split in datasets}
-            seconds = time.perf_counter() - started
-            count, how = sum(map(len, features.values())), "computed" if ran else "found in the cache"
-            log(f"features of {count} images {how} in {seconds:.1f} s")
-            _finish(args, options, model, head, data, data_config, loaders, features, accelerator, log)
-        accelerator.wait_for_everyone()
+            save_run(args, options, fitted, data, data_config, loaders, run_folder, log)
+            log(f"saved: {run_folder}\nclassify images: timm-faim predict IMAGES --model {run_folder}")
     accelerator.end_training()
+
+
+@contextmanager
+def _run_folder(options: Options, img_size: int, accelerator: Accelerator) -> Iterator[Path | None]:
+    """The folder of the run, claimed before the work and removed again where nothing came into it; None in other
+    processes than the main one."""
+    made: tuple[str, str] = ("", "")
+    if accelerator.is_main_process:
+        try:
+            folder = create_run_folder(options.run.output, options.run.experiment, options.model.model, img_size)
+            lock_run_folder(folder)
+            made = (str(folder), "")
+        except UserError as e:
+            made = ("", str(e))
+    name, problem = gather_object([made])[0]
+    if problem:
+        raise UserError(problem)
+    try:
+        yield Path(name) if accelerator.is_main_process else None
+    except BaseException:
+        if accelerator.is_main_process and not any(p.name != LOCK for p in Path(name).iterdir()):
+            shutil.rmtree(name)
+        raise
 
 
 @contextmanager
@@ -123,83 +148,37 @@ def _store_folder(
     yield (args.cache or cache_dir() / "features") / key_of(model, settings, files)
 
 
-def _finish(
+def _fit_head(
     args: argparse.Namespace,
-    options: Options,
     model: torch.nn.Module,
-    head: Any,
+    head: FAIMHead,
     data: TrainingData,
-    data_config: dict[str, Any],
-    loaders: dict[str, Any],
     features: dict[str, Features],
-    accelerator: Accelerator,
-    log: Any,
-) -> None:
-    """All that comes after the features; for the main process."""
-    started = time.perf_counter()
-    train = features["train"]
+    log: Callable,
+) -> Fitted:
+    """The head, and what it says of images that it is not fitted to; for the main process."""
+    started, train = time.perf_counter(), features["train"]
     counts = np.bincount(train.target, minlength=data.num_classes)
     if not counts.all():
-        missing = [data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)[:3]]
-        raise UserError(f"no readable training image of {', '.join(missing)}. Add images, or remove the class")
+        missing = few([data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)])
+        raise UserError(f"no readable training image of {missing}. Add images, or remove the class")
     fit_head(head, train, args.shrinkage)
     points = points_of(head, train)
-    images, logits, target, source = "val", None, None, "validation"
     if "val" in features:
-        logits, target = logits_of(head, features["val"]), features["val"].target
-        places = features["val"].place
+        val = features["val"]
+        logits, target, places, source = logits_of(head, val), val.target, val.place, "validation"
     else:
-        images, source = "train", "cross-fitted training images"
         count = round(1 / args.val_fraction) if args.val_fraction else FOLDS
         fold = lookalike_folds(points, torch.from_numpy(train.target), count).numpy()
         logits, chosen = held_out_logits(head, train, args.shrinkage, fold)
-        target, places = train.target[chosen], train.place[chosen]
+        target, places, source = train.target[chosen], train.place[chosen], "cross-fitted training images"
         log(f"{len(target)} training images held out in turn, in {count} folds; the saved head is fitted to all")
     calibration, evaluation = None, None
     if len(target):
-        calibration = _calibration(logits, torch.from_numpy(target), source, log)
-        temperature = calibration.temperature if calibration is not None else 1.0
-        evaluation = Evaluation.of(logits / temperature, torch.from_numpy(target))
-        evaluation.index[:] = places
-    if calibration is not None:
+        calibration = calibrate(logits, torch.from_numpy(target), source)
         apply_temperature_(model, calibration.temperature)
+        evaluation = Evaluation.of(logits / calibration.temperature, torch.from_numpy(target))
+        evaluation.index[:] = places
+        log(calibration_line(calibration))
     log(f"fitted to {len(train)} images of {data.num_classes} classes in {time.perf_counter() - started:.1f} s")
-
-    img_size = data_config["input_size"][-1]
-    folder = create_run_folder(options.run.output, options.run.experiment, options.model.model, img_size)
-    lock_run_folder(folder)
-    save_recipe(as_recipe(options), folder / "args.yaml")
-    record = {"images": counts.tolist(), "fit": {"shrinkage": args.shrinkage}}
-    record |= {} if calibration is None else {"calibration": calibration.to_json()}
-    save_config(
-        model, folder / CONFIG, data_config, data.label_names, options.model.pretrained, data.class_order, record
-    )
-    save_weights(model.state_dict(), folder, is_best=True)
-    metrics = evaluation.metrics() if evaluation is not None else {}
-    shown = {key: metrics[key] for key in ("loss", "top1", "top5", "samples") if key in metrics}
-    append_summary(folder / "summary.csv", 0, head_metrics(model), shown)
-    if not args.no_neighbours and len(train) * train.width * 2 <= _KEPT:
-        names = file_names(data.train) or [str(place) for place in train.place]
-        Gallery(points, [names[place] for place in train.place]).save(folder)
-    if evaluation is not None:
-        info = {"model": options.model.model, "images": source}
-        write_evaluation(folder / "eval", evaluation, data.label_names, file_names(loaders[images].dataset), info)
-        for line in summary_lines(evaluation, data.label_names):
-            log(line)
-    if not args.no_report:
-        page = write_report(folder, model, read_summary(folder / "summary.csv"), label_names=data.label_names,
-                            evaluation=evaluation, train_images=loaders["train"],
-                            val_images=loaders[images], options=folder / "args.yaml")  # fmt: skip
-        log(f"report: {page}" if page else "no report.html: pip install 'timm-faim[train]'")
-    record_done(folder, 0, CALIBRATION, REPORT)
-    log(f"saved: {folder}\nclassify images: timm-faim predict IMAGES --model {folder}")
-
-
-def _calibration(logits: torch.Tensor, target: torch.Tensor, source: str, log: Any) -> Calibration | None:
-    try:
-        calibration = calibrate(logits, target, source)
-    except ValueError as e:
-        log(f"not calibrated: {e}")
-        return None
-    log(calibration_line(calibration))
-    return calibration
+    return Fitted(model, counts.tolist(), points, train.place, calibration, evaluation)
