@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", nargs="?", metavar="DIR", help="images of known classes (default: those of the run)")
     add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
     add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
+    add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square")
     add("--val-flip", action="store_true", help="average the logits of each image and its mirror image")
     add("--class-map", metavar="FILE", help="the classes in order, one a line")
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         words += ["--resume", args.model]
     else:
         words += ["--model", f"local-dir:{args.model}" if is_run else args.model, "--data-dir", args.folder]
-    for name in ("img_size", "crop_pct", "class_map", "batch_size", "workers", "output", "experiment"):
+    for name in ("img_size", "crop_pct", "crop_mode", "class_map", "batch_size", "workers", "output", "experiment"):
         value = getattr(args, name)
         words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
     words += ["--val-flip"] * args.val_flip + ["--skip-unreadable"] * args.skip_unreadable

@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--faim-cfg", nargs="*", default=[], metavar="KEY=VALUE", help="options of the head, for example moments=True")
     add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
     add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
+    add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square: its "
+        "centre (default), all of it squashed, or all of it with a border")  # fmt: skip
     add("--val-fraction", type=Number(float, 0, 0.5, above=True), metavar="F",
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
     add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",

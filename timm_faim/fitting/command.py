@@ -69,7 +69,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     words += [] if has_train else ["--train-split", ""]
     words += [] if has_val else ["--val-split", ""]
     words += ["--faim-cfg", *args.faim_cfg] if args.faim_cfg else []
-    for name in ("img_size", "crop_pct", "class_map", "batch_size", "workers", "output", "experiment"):
+    for name in ("img_size", "crop_pct", "crop_mode", "class_map", "batch_size", "workers", "output", "experiment"):
         value = getattr(args, name)
         words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
     words += ["--skip-unreadable"] * args.skip_unreadable + ["--no-report"] * args.no_report

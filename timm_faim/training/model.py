@@ -113,6 +113,10 @@ class InputOptions:
     in_chans: int | None = option("input channels", None, whole(1, 4), "N")
     input_size: list[int] | None = option("channels, height and width", None, whole(1, 8192), ("C", "H", "W"), nargs=3)
     crop_pct: float | None = option("share of the resized image kept in validation", None, real(0.05, 2), "P")
+    crop_mode: str | None = option(
+        "of a validation image that is no square: its centre, all of it squashed, or all of it with a border",
+        choices=("center", "squash", "border"),
+    )
     mean: list[float] | None = option("mean of the pixels, per channel, in 0..1", None, SHARE, "M", nargs="+")
     std: list[float] | None = option(
         "standard deviation of the pixels, per channel", None, above(0, 10), "S", nargs="+"
