@@ -179,3 +179,31 @@ def test_an_unreadable_image_is_an_error_or_left_out(data, backbone, tmp_path, c
     assert not list((tmp_path / "cache").glob("*/store.json")) and not list((tmp_path / "cache").iterdir())
     run = fit(images, tmp_path, backbone, "--skip-unreadable")
     assert images_of(record_of(config_of(run)), 3) == [4, 4, 3]
+
+
+def test_a_cache_of_left_out_images_is_not_that_of_all_and_a_damaged_one_is_made_anew(backbone, tmp_path, capsys):
+    images = runs.make_images(tmp_path / "data", train=4, val=2)
+    fit(images, tmp_path, backbone, experiment="a")
+    (store,) = (tmp_path / "cache").iterdir()
+    (store / "train-0.f32").write_bytes(b"x")
+    capsys.readouterr()
+    fit(images, tmp_path, backbone, experiment="b")
+    assert "computed" in capsys.readouterr().out
+    (images / "train" / "dog" / "1.png").write_bytes(b"no image")
+    fit(images, tmp_path, backbone, "--skip-unreadable", experiment="c")
+    with pytest.raises(UserError, match="cannot read image"):
+        fit(images, tmp_path, backbone, experiment="d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_grey_runs_and_unreadable_validation_images(data, backbone, tmp_path):
+    grey = runs.train_tiny(data, tmp_path / "grey", "--in-chans", "1")
+    runs.fresh_accelerator()
+    words = [str(data), "--model", str(grey), "--output", str(tmp_path), "--experiment", "new", "--no-cache", *QUICK]
+    run_command("fit", words)
+    assert timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True).pretrained_cfg["input_size"][0] == 1
+    images = runs.make_images(tmp_path / "data", train=4, val=1)
+    for path in (images / "val").glob("*/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no validation image can be read"):
+        fit(images, tmp_path, backbone, "--skip-unreadable", experiment="bad")

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -272,3 +274,82 @@ def test_bad_input(run, data, tmp_path, monkeypatch, argv, message):
     with pytest.raises(UserError, match=message):
         run_command("predict", words)
     assert not list(tmp_path.iterdir())
+
+
+def interrupted(monkeypatch, *words):
+    """A prediction that is killed when it writes its result."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_rows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict(*words)
+
+
+def test_rows_of_other_names_and_of_changed_images_are_made_anew(run, data, tmp_path, monkeypatch, capsys):
+    images, model, found = tmp_path / "images", tmp_path / "model", tmp_path / "o.jsonl"
+    shutil.copytree(data / "val" / "cat", images)
+    run_command("classes", ["rename", str(run), "cat", "lynx", "-o", str(model)])
+    words = (images, "--model", model, "--output", found)
+    interrupted(monkeypatch, *words)
+    Image.new("RGB", (40, 40), "red").save(images / "0.png")
+    capsys.readouterr()
+    predict(*words)
+    assert "going on after 3 images" in capsys.readouterr().err
+    interrupted(monkeypatch, *words)
+    shutil.rmtree(model)
+    run_command("classes", ["rename", str(run), "cat", "tiger", "-o", str(model)])
+    capsys.readouterr()
+    predict(*words)
+    assert "going on" not in capsys.readouterr().err and "lynx" not in found.read_text()
+
+
+def test_images_that_could_not_be_read_are_tried_again(run, data, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no image")
+    words = (path, "--model", run, "--output", tmp_path / "o.csv")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        predict(*words)
+    shutil.copy(data / "val" / "cat" / "0.png", path)
+    predict(*words)
+    assert rows(tmp_path / "o.csv")[0]["error"] == ""
+
+
+def test_links_to_folders_above_are_not_followed_for_ever(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    for name in ("x", "y"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a")
+    assert list_images([str(tmp_path / "a")]) == [str(tmp_path / "a" / "1.png")]
+
+
+def test_classes_without_a_name_have_their_number(data, tmp_path):
+    run = runs.train_tiny(data, tmp_path, "--num-classes", "5")
+    found = timm_faim.load(run, device="cpu")(data / "val" / "cat" / "0.png", unknown=0)
+    assert set(found.classes) == {"bird", "cat", "dog", "3", "4"}
+
+
+def test_a_file_of_probabilities_rejects_nothing_and_says_no_threshold(run, data, tmp_path):
+    for kind in ("logits", "probabilities"):
+        run_command("export", [str(run), "-o", str(tmp_path / f"{kind}.ts"), "--output-kind", kind])
+    model, logits, probabilities = (timm_faim.load(each, device="cpu") for each in
+                                    (run, tmp_path / "logits.ts", tmp_path / "probabilities.ts"))  # fmt: skip
+    path = data / "val" / "cat" / "0.png"
+    assert logits(path).known == model(path).known is not None and probabilities(path).known is None
+    assert probabilities(path).probabilities == pytest.approx(model(path).probabilities, abs=1e-4)
+    assert probabilities(path, coverage=0.9).candidates == model(path, coverage=0.9).candidates
+
+
+def test_one_file_cannot_be_both_results(run, data, tmp_path):
+    with pytest.raises(UserError, match="are the same file"):
+        predict(data / "val", "--model", run, "--output", tmp_path / "o.csv", "--html", tmp_path / "o.csv")
+
+
+def test_a_closed_pipe_is_no_error(run, data):
+    command = [sys.executable, "-m", "timm_faim", "predict", str(data / "val"), "--model", str(run), "--workers", "0"]
+    with subprocess.Popen([*command, "--batch-size", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 141 and "Traceback" not in said and "BrokenPipe" not in said

@@ -5,6 +5,7 @@ classifier("a.jpg").name
 classifier(["a.jpg", PIL.Image.open("b.png"), array])
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -177,16 +178,20 @@ def load(
     opened = open_model(str(checkpoint), flag)
     model = opened.model.to(device)
     config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {}, model=model)
-    names = opened.label_names or [str(k) for k in range(model.num_classes)]
+    names = _all_names(opened.label_names, model.num_classes)
     return _checked(model, names, config, opened.record, device, amp, opened.folder)
 
 
 def _of_file(path: Path) -> Classifier:
     file = Exported(path)
-    count = file.metadata["num_classes"]
-    names = file.label_names or [str(k) for k in range(count)]
+    names = _all_names(file.label_names, file.metadata["num_classes"])
     record = file.metadata.get("classifier") or {}
     return _checked(_File(file), names, file.data_config, record, torch.device("cpu"), False, None)
+
+
+def _all_names(names: Sequence[str] | None, count: int) -> list[str]:
+    """A name for each class; its number where it has none."""
+    return [*(names or ()), *map(str, range(len(names or ()), count))]
 
 
 class _File(nn.Module):
@@ -198,6 +203,10 @@ class _File(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.file.logits(x)
+
+    def extra_repr(self) -> str:
+        """Changes when the file does."""
+        return hashlib.blake2b(self.file.path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _checked(*arguments: Any) -> Classifier:

@@ -1,6 +1,8 @@
 """`timm-faim predict`: classify images, in one process or several, and go on where a killed run was."""
 
 import argparse
+import hashlib
+import io
 import json
 import sys
 import time
@@ -8,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.data import create_loader
@@ -31,6 +34,11 @@ def predict(args: argparse.Namespace) -> None:
     Raises:
         UserError: wrong input.
     """
+    for stream in (sys.stdin, sys.stdout):  # names of files keep their bytes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+    if args.output is not None and args.html is not None and args.output.resolve() == args.html.resolve():
+        raise UserError(f"--output and --html are the same file, {args.html}. Give them different names")
     for path in filter(None, (args.output, args.html)):
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise UserError(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no folder to hold it'}. "
@@ -38,7 +46,7 @@ def predict(args: argparse.Namespace) -> None:
         check_writable(path.resolve().parent)
     state = PartialState(cpu=choose_device(args.device).type == "cpu")
     device = choose_device(args.device) if state.num_processes == 1 else state.device
-    paths = list_images(_places(args.images))
+    paths = _paths(args.images, state)
     classifier = load(args.model, device, args.amp, "--model")
     try:
         judge = classifier.judge(args.top, args.unknown, args.set)
@@ -52,7 +60,7 @@ def predict(args: argparse.Namespace) -> None:
     journal = None
     if args.output is not None and state.is_main_process:
         settings = {key: str(getattr(args, key)) for key in ("model", "top", "unknown", "set", "neighbours", "amp")}
-        journal = Journal(args.output, settings | {"weights": _age(classifier)})
+        journal = Journal(args.output, settings | {"classifier": _digest(classifier)})
         if journal.rows:
             print(f"going on after {len(journal.rows)} images of an earlier run", file=sys.stderr)
     done = gather_object([{row["file"] for row in journal.rows} if journal else set()])[0]
@@ -84,12 +92,22 @@ def predict(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
 
-def _places(words: Sequence[str]) -> list[str]:
-    """The places on the command line; those that come on standard input in the place of "-"."""
-    places: list[str] = []
-    for word in words:
-        places += [line.rstrip("\n") for line in sys.stdin if line.strip()] if word == "-" else [word]
-    return places
+def _paths(words: Sequence[str], state: PartialState) -> list[str]:
+    """The images of the places on the command line, and of those that come on standard input in the place of "-"; the
+    main process, which alone should read it, tells the others."""
+    found: tuple[list[str], str] = ([], "")
+    if state.is_main_process:
+        try:
+            places: list[str] = []
+            for word in words:
+                places += [line.rstrip("\n") for line in sys.stdin if line.strip()] if word == "-" else [word]
+            found = (list_images(places), "")
+        except UserError as e:
+            found = ([], str(e))
+    paths, problem = gather_object([found])[0]
+    if problem:
+        raise UserError(problem)
+    return paths
 
 
 def _format(args: argparse.Namespace) -> str:
@@ -102,10 +120,16 @@ def _format(args: argparse.Namespace) -> str:
     return kind
 
 
-def _age(classifier: Classifier) -> str:
-    """Changes when the weights do."""
-    sums = [parameter.detach().double().sum().item() for parameter in classifier.model.parameters()]
-    return f"{sum(sums):.17g}"
+def _digest(classifier: Classifier) -> str:
+    """Changes when the weights, the names, the preprocessing or the calibration do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in classifier.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    calibration = classifier.calibration.to_json() if classifier.calibration is not None else None
+    known = [classifier.names, classifier.data_config, calibration, classifier.model.extra_repr()]
+    digest.update(json.dumps(known, default=str).encode())
+    return digest.hexdigest()
 
 
 def loader_of(paths: Sequence[str], classifier: Classifier, batch_size: int, workers: int) -> Any:
@@ -178,10 +202,10 @@ def _summary(
     yield f"{len(rows)} images in {seconds:.1f} s{rate}"
     if errors:
         yield f"{len(errors)} cannot be read, such as {errors[0]['file']} ({errors[0]['error']})"
-    if args.unknown and classifier.calibration is not None:
+    if args.unknown and classifier.calibration is not None and classifier.calibration.reject:
         unknown = sum(row.get("known") is False for row in rows)
         yield f"{unknown} are called unknown; of images of the classes at most {100 * args.unknown:g} % are"
-    elif args.unknown:
+    elif args.unknown and classifier.calibration is None:
         yield "nothing is called unknown: the model was not calibrated on held-out images"
     if written := [str(path) for path in (args.output, args.html) if path is not None]:
         yield f"written: {', '.join(written)}"

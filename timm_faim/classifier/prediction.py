@@ -3,7 +3,7 @@
 Shapes: B images, C classes, K of them that are told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -75,10 +75,10 @@ class Judge:
             raise ValueError("sets of classes need a calibrated classifier: one whose training had validation images, "
                              "or that was fitted")  # fmt: skip
         if self.calibration is not None:
-            for value, there in ((self.rate, self.calibration.reject), (self.coverage, self.calibration.sets)):
-                if value and value not in there:
-                    known = ", ".join(f"{each:g}" for each in there)
-                    raise ValueError(f"there is no threshold for {value:g}; the calibration has {known}")
+            if self.rate and self.calibration.reject and self.rate not in self.calibration.reject:
+                raise ValueError(_no_threshold(self.rate, self.calibration.reject))
+            if self.coverage is not None and self.coverage not in self.calibration.sets:
+                raise ValueError(_no_threshold(self.coverage, self.calibration.sets))
 
     def __call__(self, logits_BC: Tensor) -> list[Prediction]:
         """Predictions of B images; the logits may lie on any device."""
@@ -92,7 +92,7 @@ class Judge:
             d_BC = -logits_BC if self.prior is None else self.prior - logits_BC
             distances = (d_BC.gather(1, order_BK) / self.gamma).tolist()
         known = [None] * len(logits_BC)
-        if self.calibration is not None and self.rate:
+        if self.calibration is not None and self.rate in self.calibration.reject:
             known = (known_score(logits_BC) >= self.calibration.reject[self.rate]).tolist()
         candidates = [None] * len(logits_BC)
         if self.coverage is not None and self.calibration is not None:
@@ -100,3 +100,8 @@ class Judge:
             candidates = [[self.names[k] for k in row.nonzero().flatten().tolist()] for row in sets_BC.cpu()]
         rows = zip(order_BK.tolist(), p_BC.gather(1, order_BK).tolist(), distances, known, candidates, strict=True)
         return [Prediction([self.names[k] for k in order], p, d, is_known, c) for order, p, d, is_known, c in rows]
+
+
+def _no_threshold(value: float, there: Iterable[float]) -> str:
+    known = ", ".join(f"{each:g}" for each in there)
+    return f"there is no threshold for {value:g}; the calibration has " + (known or "none since the classes changed")

@@ -4,6 +4,7 @@ A row is {"file", "prediction", "known", "top": [{"class", "probability", "dista
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -83,8 +84,9 @@ def line_of(row: Row) -> str:
 class Journal:
     """Rows on disk while they are made, so that a killed prediction goes on where it was.
 
-    The file lies beside the result under a hidden name: the settings in the first line, a row in each further one. One
-    of other settings is begun anew.
+    The file lies beside the result under a hidden name: the settings in the first line, in each further one a row with
+    size and time of its image. One of other settings is begun anew; images that have changed since, or could not be
+    read, are looked at again.
 
     Args:
         result: the file that the rows are for.
@@ -117,18 +119,26 @@ class Journal:
                 text = line.decode("utf-8", "surrogateescape")
                 if not text.endswith("\n") or (number == 0 and text != head + "\n"):
                     break
-                try:
-                    if number:
-                        self.rows.append(json.loads(text))
-                except ValueError:
+                if number and not self._take(text):
                     break
                 good += len(line)
         return good
 
+    def _take(self, text: str) -> bool:
+        """Take a row over if its image is still the same; False if the line is none."""
+        try:
+            entry = json.loads(text)
+            row, stamp = entry["row"], entry["stamp"]
+            if "error" not in row and stamp == _stamp(row["file"]):
+                self.rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
+
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows; they are in the file when this returns."""
         rows = list(rows)
-        self._stream.writelines(json.dumps(row) + "\n" for row in rows)
+        self._stream.writelines(json.dumps({"row": row, "stamp": _stamp(row["file"])}) + "\n" for row in rows)
         self._stream.flush()
         self.rows += rows
 
@@ -140,3 +150,12 @@ class Journal:
         """The result is written."""
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _stamp(file: str) -> list[int]:
+    """Changes when a file does; empty where it is gone."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]

@@ -5,6 +5,7 @@ imports what it works with and returns the exit status (None: 0).
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,7 +29,7 @@ COMMANDS = {  # in the order of the help; these lines are those of the modules' 
 }
 IN_PARALLEL = ("train", "fit", "predict", "evaluate")  # take --num-processes
 PROGRAM = "timm-faim"
-_INTERRUPTED = 130  # exit status after Ctrl-C, as shells give it
+_INTERRUPTED, _PIPE = 130, 141  # exit statuses after Ctrl-C and a closed pipe, as shells give them
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         report(error, f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM)
         sys.exit(1)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_PIPE)
     except KeyboardInterrupt:
         print(f"{PROGRAM} {name}: stopped", file=sys.stderr, flush=True)
         sys.exit(_INTERRUPTED)

@@ -8,6 +8,7 @@ timm-faim evaluate hf-hub:ORG/NAME DIR
 import argparse
 from pathlib import Path
 
+from timm_faim.documents import read_yaml
 from timm_faim.run.errors import UserError
 from timm_faim.run.options import MANY, Number, available_cores, whole
 
@@ -31,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--experiment", default="", metavar="NAME", help="folder of this evaluation (default: time, model and size)")
 
 
+def _has_validation(run: Path) -> bool:
+    """Whether the options of a run name validation images, as far as they can be read."""
+    try:
+        options = read_yaml(run / "args.yaml")
+    except (OSError, ValueError):
+        return True
+    return not isinstance(options, dict) or options.get("val_split") != ""
+
+
 def run(args: argparse.Namespace) -> None:
     """The evaluation of a training run, by the training's own code."""
     is_run = Path(args.model).is_dir()
@@ -38,6 +48,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.model} is no run folder, which would know its images. Give the images: "
                         f"timm-faim evaluate {args.model} DIR")  # fmt: skip
     words = ["--eval-only"]
+    if args.folder is None and not _has_validation(Path(args.model)):
+        raise UserError(f"the run in {args.model} has no validation images. Give images: timm-faim evaluate "
+                        f"{args.model} DIR")  # fmt: skip
     if args.folder is None:
         words += ["--resume", args.model]
     else:

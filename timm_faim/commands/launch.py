@@ -35,6 +35,7 @@ def start_processes(count: int, words: Sequence[str]) -> int:
     On GPUs each process has one; on a machine without GPUs they share the cores.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -49,7 +50,7 @@ def start_processes(count: int, words: Sequence[str]) -> int:
         run(get_args_parser().parse_args(launch))
     except ChildFailedError as e:  # the process has said why
         return max(1, *(failure.exitcode for failure in e.failures.values()))
-    except KeyboardInterrupt:
+    except SignalException as e:  # Ctrl-C too
         print("stopped", file=sys.stderr)
-        return 130
+        return 128 + e.sigval
     return 0

@@ -36,7 +36,7 @@ def export(args: argparse.Namespace) -> Parity:
             images=samples.spread(args.check_count).pixels,
             calibration=samples.spread(args.calibration_count).pixels,
             agreement=args.least_agreement,
-            metadata=_said(opened),
+            metadata=_said(opened, args.output_kind),
         )
     except ParityError as e:
         raise UserError(f"{e}. {_mend(args)}") from e
@@ -69,10 +69,13 @@ def _check(args: argparse.Namespace) -> str:
     return format
 
 
-def _said(opened: Opened) -> dict[str, Any]:
+def _said(opened: Opened, output_kind: str) -> dict[str, Any]:
     """What the file says besides what the model itself does."""
     said: dict[str, Any] = {"label_names": opened.label_names}
-    return said | ({"classifier": opened.record} if opened.record else {})
+    record = dict(opened.record)
+    if output_kind == "probabilities" and isinstance(record.get("calibration"), dict):
+        record["calibration"] = record["calibration"] | {"reject": {}}  # of logits, which softmax does not keep
+    return said | ({"classifier": record} if record else {})
 
 
 def _mend(args: argparse.Namespace) -> str:

@@ -30,6 +30,7 @@ from timm_faim.run.calibrated import calibration_line
 from timm_faim.run.errors import UserError, few, resource_advice
 from timm_faim.run.files import create_run_folder
 from timm_faim.run.lock import LOCK, lock_run_folder, release_locks
+from timm_faim.run.weights import saved_config
 from timm_faim.training.args import is_faim, parse_args
 from timm_faim.training.data import build_clean_loader
 from timm_faim.training.launch import build_accelerator
@@ -64,7 +65,9 @@ def _words(args: argparse.Namespace) -> list[str]:
     model = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
     if not is_faim(model):
         raise UserError(f"--model {model} has no FAIM head. Use --model faim_{model}")
-    words = ["--data-dir", str(root), "--model", model, "--epochs", "0", "--head-init", "data"]
+    channels = _channels(Path(args.model))
+    words = ["--in-chans", str(channels)] if channels != 3 else []
+    words += ["--data-dir", str(root), "--model", model, "--epochs", "0", "--head-init", "data"]
     words += ["--pretrained-path", args.pretrained_path] if args.pretrained_path else ["--pretrained"]
     words += [] if has_train else ["--train-split", ""]
     words += [] if has_val else ["--val-split", ""]
@@ -76,12 +79,22 @@ def _words(args: argparse.Namespace) -> list[str]:
     return words + ["--amp", "--amp-dtype", "bfloat16"] * args.amp
 
 
+def _channels(run: Path) -> int:
+    """Input channels of a run; 3 of everything else."""
+    cfg = saved_config(run).get("pretrained_cfg") if run.is_dir() else None
+    size = cfg.get("input_size") if isinstance(cfg, dict) else None
+    return size[0] if isinstance(size, list) and size and size[0] in (1, 2, 3, 4) else 3
+
+
 def _fit(args: argparse.Namespace, options: Options) -> None:
     accelerator = build_accelerator(options)
     is_main = accelerator.is_main_process
     log = print if is_main else lambda *_: None
     random_seed(options.run.seed, 0)
     data = open_datasets(options.data, options.run, input_channels(options.input))
+    for name in data.class_order or ():
+        if name != name.encode("utf-8", "replace").decode():
+            raise UserError(f"the name of class folder {name!r} is no valid UTF-8. Rename it")
     model = build_model(options, data.num_classes).to(accelerator.device).eval()
     head = only_head(model)
     data_config = build_data_config(options.input, model)
@@ -144,7 +157,8 @@ def _store_folder(
         return
     files = [path for reader in readers for path, _ in reader.samples]
     settings = data_config | {"amp": args.amp, "splits": [len(reader.samples) for reader in readers]}
-    settings |= {"model": str(getattr(model, "faim_cfg", "")), "classes": [k for r in readers for _, k in r.samples]}
+    settings |= {"skip": args.skip_unreadable, "classes": [k for r in readers for _, k in r.samples]}
+    settings |= {"model": [model.pretrained_cfg.get("architecture"), model._model_args]}
     yield (args.cache or cache_dir() / "features") / key_of(model, settings, files)
 
 
@@ -166,6 +180,8 @@ def _fit_head(
     points = points_of(head, train)
     if "val" in features:
         val = features["val"]
+        if not len(val):
+            raise UserError("no validation image can be read. Repair them, or remove the folder")
         logits, target, places, source = logits_of(head, val), val.target, val.place, "validation"
     else:
         count = round(1 / args.val_fraction) if args.val_fraction else FOLDS

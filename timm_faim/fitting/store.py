@@ -104,8 +104,14 @@ def finish_store(temporary: Path, folder: Path, splits: Mapping[str, Any], state
 def is_whole(folder: Path, splits: Iterable[str]) -> bool:
     """Whether there is a store with these splits."""
     try:
-        return set(json.loads((folder / _META).read_text())) >= set(splits)
-    except (OSError, ValueError, TypeError):
+        meta = json.loads((folder / _META).read_text())
+        for split in splits:
+            for rank, count in enumerate(meta[split]["counts"]):
+                sizes = {"f32": 4 * meta[split]["width"] * count, "i64": 16 * count}
+                if any((folder / f"{split}-{rank}.{end}").stat().st_size != size for end, size in sizes.items()):
+                    return False
+        return (folder / _STATE).is_file()
+    except (OSError, ValueError, TypeError, KeyError):
         return False
 
 

@@ -44,9 +44,14 @@ def list_images(places: Iterable[str]) -> list[str]:
 
 
 def _in_folder(folder: str) -> list[str]:
-    files, endings = [], tuple(get_img_extensions())
+    files, endings, seen = [], tuple(get_img_extensions()), set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
         files += [os.path.join(root, name) for name in names if name.lower().endswith(endings)
                   and not name.startswith(HIDDEN)]  # fmt: skip
     return sorted(files, key=total_order)

@@ -81,7 +81,7 @@ def choose_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}. Leave it out, or give cpu") from e
     return device
