@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         if name not in COMMANDS:
             sys.exit(_without_command(name))
-        sys.exit(run_command(name, words[1:]))
+        status = run_command(name, words[1:])
+        _leave_group()
+        sys.exit(status)
     except UserError as error:
         report(error, f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM)
         sys.exit(1)
@@ -49,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{PROGRAM} {name}: stopped", file=sys.stderr, flush=True)
         sys.exit(_INTERRUPTED)
+
+
+def _leave_group() -> None:
+    """End the process group of a command in several processes, which libraries warn of otherwise."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def answer_help() -> None:
