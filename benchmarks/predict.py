@@ -23,7 +23,9 @@ from timm.data import resolve_data_config
 
 from timm_faim.calibration import calibrate
 from timm_faim.classifier.classifier import Classifier
-from timm_faim.classifier.predict import loader_of, rows_of
+from timm_faim.classifier.predict import rows_of
+from timm_faim.images.files import images_of
+from timm_faim.images.loaders import clean_loader
 
 
 def main() -> None:
@@ -56,9 +58,10 @@ def main() -> None:
     memory = [torch.randn(args.batch_size, 3, args.size, args.size, device=device) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
         paths = _write_images(Path(folder), args.images)
+        read = clean_loader(images_of(paths, "RGB"), config, device, args.batch_size, args.workers)
         sides = {
             "files": (
-                lambda: run(backbone, loader_of(paths, classifier, args.batch_size, args.workers)),
+                lambda: run(backbone, read),
                 lambda: [None for _ in rows_of(paths, classifier, judge, None, args.batch_size, args.workers, state)],
                 len(paths),
             ),

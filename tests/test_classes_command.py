@@ -20,7 +20,8 @@ from timm_faim.calibration import Calibration
 from timm_faim.commands import build_parser, run_command
 from timm_faim.hub import save_model
 from timm_faim.hub.package import Release, build_package
-from timm_faim.retrieval.images import loader_of, open_folder
+from timm_faim.images.loaders import clean_loader
+from timm_faim.retrieval.images import open_folder
 from timm_faim.run.errors import UserError
 from timm_faim.run.record import write_record
 
@@ -49,7 +50,7 @@ def save(folder, data, names=NAMES, arch="faim_test_resnet", record=True):
     if faim_heads(model):
         config = resolve_input_data_config(model)
         images = open_folder(str(data / "train"), "DIR", 3, False)
-        fit_(model, loader_of(images, config, torch.device("cpu"), batch_size=64, workers=0))
+        fit_(model, clean_loader(images.images, config, torch.device("cpu"), 64, 0))
     save_model(model, folder, names)
     if record:
         write_record(folder / "config.json", images=[4, 5, 6], calibration=CALIBRATION.to_json())
@@ -108,8 +109,8 @@ def test_added_classes_are_in_the_new_folder_and_the_run_is_as_it_was(saved, fur
     assert config["classifier"] == {"images": [4, 5, 6, 4, 4], "calibration": WITHOUT_SETS}
     assert torch.equal(rows(new)[:3], rows(saved))
     found = opened(new)
-    loader = loader_of(open_folder(str(further), "DIR", 3, False), resolve_input_data_config(found),
-                       torch.device("cpu"), batch_size=64, workers=0)  # fmt: skip
+    images = open_folder(str(further), "DIR", 3, False).images
+    loader = clean_loader(images, resolve_input_data_config(found), torch.device("cpu"), 64, 0)
     ((images, targets),) = loader
     with torch.no_grad():
         assert (found(images).argmax(1) == targets + 3).float().mean() >= 0.75

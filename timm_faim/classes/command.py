@@ -15,7 +15,8 @@ from timm_faim.classes.change import add_from_batches, merge_classes, remove_cla
 from timm_faim.classes.names import class_names
 from timm_faim.images.checked import UNREADABLE, reader_of
 from timm_faim.images.folders import HIDDEN
-from timm_faim.retrieval.images import Folder, loader_of, open_folder
+from timm_faim.images.loaders import clean_loader
+from timm_faim.retrieval.images import Folder, open_folder
 from timm_faim.run.errors import UserError, few
 from timm_faim.run.files import check_writable, rename
 from timm_faim.run.opening import Opened, open_model
@@ -119,7 +120,7 @@ def _add(args: argparse.Namespace, model: nn.Module, names: list[str], images: l
     if known and not args.merge:
         raise UserError(f"the model has class {few(known)} already. Give --merge to take the images into it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = loader_of(folder, config, device, batch_size=args.batch_size, workers=args.workers)
+    loader = clean_loader(folder.images, config, device, args.batch_size, args.workers)
     images = add_from_batches(model.to(device), _numbered(loader, folder, new), new, names, images)
     model.cpu()
     return images

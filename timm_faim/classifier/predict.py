@@ -8,12 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from timm.data import create_loader
 from tqdm import tqdm
 
 from timm_faim.classifier.classifier import Classifier, load
@@ -23,6 +21,7 @@ from timm_faim.classifier.prediction import Judge
 from timm_faim.classifier.rows import Journal, Row, line_of, row_of, write_rows
 from timm_faim.images.checked import UNREADABLE
 from timm_faim.images.files import images_of, list_images, why_unreadable
+from timm_faim.images.loaders import clean_loader
 from timm_faim.run.errors import UserError
 from timm_faim.run.files import check_writable
 from timm_faim.run.opening import choose_device
@@ -132,25 +131,6 @@ def _digest(classifier: Classifier) -> str:
     return digest.hexdigest()
 
 
-def loader_of(paths: Sequence[str], classifier: Classifier, batch_size: int, workers: int) -> Any:
-    """timm's loader of files as the model sees them: (images [B, channels, H, W], places in the list [B])."""
-    config = classifier.data_config
-    return create_loader(
-        images_of(paths, classifier.mode),
-        config["input_size"],
-        batch_size,
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        num_workers=min(workers, -(-len(paths) // batch_size)),
-        persistent_workers=False,
-        pin_memory=classifier.device.type == "cuda",
-        device=classifier.device,
-    )
-
-
 def rows_of(
     paths: Sequence[str],
     classifier: Classifier,
@@ -163,7 +143,10 @@ def rows_of(
 ) -> Iterator[list[Row]]:
     """Rows of this process's share of the images, batch by batch."""
     mine, start = paths[state.process_index :: state.num_processes], 0
-    for batch, numbers in loader_of(mine, classifier, batch_size, workers) if mine else ():
+    if not mine:
+        return
+    images = images_of(mine, classifier.mode)
+    for batch, numbers in clean_loader(images, classifier.data_config, classifier.device, batch_size, workers):
         logits, points = (classifier.logits(batch), None) if gallery is None else classifier.points(batch)
         found = judge(logits)
         near = gallery.nearest(points, neighbours) if gallery is not None else [()] * len(found)

@@ -12,7 +12,7 @@ RUN is a run folder, local-dir:FOLDER or hf-hub:ORG/NAME and stays as it is; NEW
 import argparse
 from pathlib import Path
 
-from timm_faim.run.options import available_cores, whole
+from timm_faim.commands.arguments import add_reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command("list", "number, training images and name of each class", writes=False)
 
-    add = command("add", "classes from a few images of each").add_argument
+    made = command("add", "classes from a few images of each")
+    add = made.add_argument
     add("folder", metavar="FOLDER", help="one folder of images a class")
     add("--merge", action="store_true", help="a class that the model has takes the images of its name in")
-    add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    add_reading(made)
 
     add = command("remove", "leave classes out").add_argument
     add("classes", nargs="+", metavar="NAME", help="class")

@@ -8,9 +8,10 @@ timm-faim evaluate hf-hub:ORG/NAME DIR
 import argparse
 from pathlib import Path
 
+from timm_faim.commands.arguments import add_reading
 from timm_faim.documents import read_yaml
 from timm_faim.run.errors import UserError
-from timm_faim.run.options import MANY, Number, available_cores, whole
+from timm_faim.run.options import Number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square")
     add("--val-flip", action="store_true", help="average the logits of each image and its mirror image")
     add("--class-map", metavar="FILE", help="the classes in order, one a line")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    add("--batch-size", type=whole(1, MANY), default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
+    add_reading(parser)
     add("--amp", action="store_true", help="run the model in bfloat16 autocast")
     add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
     add("--experiment", default="", metavar="NAME", help="folder of this evaluation (default: time, model and size)")

@@ -11,7 +11,8 @@ images takes seconds.
 import argparse
 from pathlib import Path
 
-from timm_faim.run.options import MANY, Number, above, available_cores, whole
+from timm_faim.commands.arguments import add_reading
+from timm_faim.run.options import Number, above, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
         help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
     add("--class-map", metavar="FILE", help="the classes in order, one a line")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    add("--batch-size", type=whole(1, MANY), default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
+    add_reading(parser)
     add("--amp", action="store_true", help="run the backbone in bfloat16 autocast")
     add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
     add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")

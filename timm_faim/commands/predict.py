@@ -10,7 +10,8 @@ Images that cannot be read are reported and left out. With --output, a run that 
 import argparse
 from pathlib import Path
 
-from timm_faim.run.options import MANY, Number, available_cores, whole
+from timm_faim.commands.arguments import add_reading
+from timm_faim.run.options import Number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also the classes that hold the right one so often: 0.9, 0.95 or 0.99")  # fmt: skip
     add("--neighbours", type=whole(0, 1000), default=0, metavar="K",
         help="nearest training images, where the run kept them (default: 0)")  # fmt: skip
-    add("--batch-size", type=whole(1, MANY), default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=whole(0, 1024), default=min(4, available_cores()), metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)")  # fmt: skip
+    add_reading(parser, skips=False)
     add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
     add("--amp", action="store_true", help="run the model in bfloat16 autocast")
 

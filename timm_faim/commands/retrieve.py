@@ -10,7 +10,8 @@ DIR holds one folder of images per class; the classes need not be those of the m
 import argparse
 from pathlib import Path
 
-from timm_faim.run.options import available_cores, whole
+from timm_faim.commands.arguments import add_reading
+from timm_faim.run.options import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queries", metavar="DIR", help="queries from this folder (default: each image of the gallery in turn)")
     add("-o", "--output", type=Path, metavar="DIR", help="default: retrieval/ in the run folder, else in this one")
     add("--recall-at", type=whole(1), nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
-    add("--batch-size", type=whole(1), default=64, metavar="N", help="images at a time (default: 64)")
-    add(
-        "--workers",
-        type=whole(0, 1024),
-        default=min(4, available_cores()),
-        metavar="N",
-        help="processes that read images (default: 4, or as many as there are cores)",
-    )
     add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
     add("--amp", action="store_true", help="run the model in bfloat16 autocast; distances stay in float64")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    add_reading(parser)
     add("--sheet-rows", type=whole(1, 1000), default=12, metavar="N", help="queries on the contact sheet (default: 12)")
     add("--no-sheet", action="store_true", help="draw no contact sheet")
     add(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader
+from timm.data import create_dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,6 +16,7 @@ from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.images.checked import UNREADABLE, CheckedImages, reader_of
 from timm_faim.images.folders import check_one_level, put_in_order
+from timm_faim.images.loaders import clean_loader
 from timm_faim.images.pictures import Pictures
 from timm_faim.run import opening
 from timm_faim.run.errors import UserError
@@ -115,24 +116,6 @@ def open_folder(folder: str, flag: str, channels: int, skip_unreadable: bool) ->
     return Folder(images, [name_of[k] for _, k in reader.samples])
 
 
-def loader_of(folder: Folder, config: dict[str, Any], device: torch.device, *, batch_size: int, workers: int) -> Any:
-    """timm's loader of a folder's images, in their order, with the preprocessing of ``resolve_input_data_config``."""
-    return create_loader(
-        folder.images,
-        config["input_size"],
-        batch_size,
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        num_workers=workers,
-        persistent_workers=False,
-        pin_memory=device.type == "cuda",
-        device=device,
-    )
-
-
 def read_images(
     folder: Folder,
     model: nn.Module,
@@ -158,7 +141,7 @@ def read_images(
     Raises:
         UserError: an image that cannot be read, or features that are not finite; the image is named.
     """
-    loader = loader_of(folder, config, device, batch_size=batch_size, workers=workers)
+    loader = clean_loader(folder.images, config, device, batch_size, workers)
     features_ND, targets_N = _features(model, head, loader, folder.images, amp)
     readable = (targets_N != UNREADABLE).nonzero().flatten().tolist()
     return Images(features_ND[readable], [folder.class_names[i] for i in readable], readable, Pictures(loader))
