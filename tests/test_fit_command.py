@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from children import in_group
 from fitted import QUICK, fit, save_backbone
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 
 import timm_faim
@@ -50,18 +51,12 @@ def fitted(data, backbone, tmp_path_factory):
 def test_the_head_is_that_of_fit(fitted, data, backbone):
     saved = timm.create_model(f"local-dir:{fitted}", pretrained=True).eval()
     other = timm.create_model("faim_test_resnet", num_classes=3).eval()
-    other.load_state_dict(torch.load(backbone) if backbone.suffix == ".pt" else _weights(backbone), strict=False)
+    other.load_state_dict(load_file(backbone), strict=False)
     images, target = tensors(saved, data / "train")
     timm_faim.fit_(other, [(images, target)])
     for name, tensor in other.state_dict().items():
         if name != "fc.scale":  # that is calibrated
             torch.testing.assert_close(saved.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def _weights(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_a_fit_is_a_run(fitted, data):

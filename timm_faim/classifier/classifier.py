@@ -5,7 +5,6 @@ classifier("a.jpg").name
 classifier(["a.jpg", PIL.Image.open("b.png"), array])
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -186,7 +185,7 @@ def _of_file(path: Path) -> Classifier:
     file = Exported(path)
     names = _all_names(file.label_names, file.metadata["num_classes"])
     record = file.metadata.get("classifier") or {}
-    return _checked(_File(file), names, file.data_config, record, torch.device("cpu"), False, None)
+    return _checked(ExportedModel(file), names, file.data_config, record, torch.device("cpu"), False, None)
 
 
 def _all_names(names: Sequence[str] | None, count: int) -> list[str]:
@@ -194,7 +193,7 @@ def _all_names(names: Sequence[str] | None, count: int) -> list[str]:
     return [*(names or ()), *map(str, range(len(names or ()), count))]
 
 
-class _File(nn.Module):
+class ExportedModel(nn.Module):
     """An exported file as a model."""
 
     def __init__(self, file: Exported) -> None:
@@ -203,10 +202,6 @@ class _File(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.file.logits(x)
-
-    def extra_repr(self) -> str:
-        """Changes when the file does."""
-        return hashlib.blake2b(self.file.path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _checked(*arguments: Any) -> Classifier:

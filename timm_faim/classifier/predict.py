@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from timm_faim.classifier.classifier import Classifier, load
+from timm_faim.classifier.classifier import Classifier, ExportedModel, load
 from timm_faim.classifier.gallery_page import write_gallery
 from timm_faim.classifier.neighbours import Gallery
 from timm_faim.classifier.prediction import Judge
@@ -22,9 +21,12 @@ from timm_faim.classifier.rows import Journal, Row, line_of, row_of, write_rows
 from timm_faim.images.checked import UNREADABLE
 from timm_faim.images.files import images_of, list_images, why_unreadable
 from timm_faim.images.loaders import clean_loader
+from timm_faim.models.checkpoint import sha256
 from timm_faim.run.errors import UserError
 from timm_faim.run.files import check_writable
+from timm_faim.run.gather import raise_together
 from timm_faim.run.opening import choose_device
+from timm_faim.run.weights import hash_tensors
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -62,7 +64,7 @@ def predict(args: argparse.Namespace) -> None:
         journal = Journal(args.output, settings | {"classifier": _digest(classifier)})
         if journal.rows:
             print(f"going on after {len(journal.rows)} images of an earlier run", file=sys.stderr)
-    done = gather_object([{row["file"] for row in journal.rows} if journal else set()])[0]
+    done = broadcast_object_list([{row["file"] for row in journal.rows} if journal else set()])[0]
     left = [path for path in paths if path not in done]
     made = rows_of(left, classifier, judge, gallery, args.batch_size, args.workers, state, args.neighbours)
     started, rows = time.perf_counter(), list(journal.rows) if journal else []
@@ -103,7 +105,7 @@ def _paths(words: Sequence[str], state: PartialState) -> list[str]:
             found = (list_images(places), "")
         except UserError as e:
             found = ([], str(e))
-    paths, problem = gather_object([found])[0]
+    paths, problem = broadcast_object_list([found])[0]
     if problem:
         raise UserError(problem)
     return paths
@@ -122,11 +124,11 @@ def _format(args: argparse.Namespace) -> str:
 def _digest(classifier: Classifier) -> str:
     """Changes when the weights, the names, the preprocessing or the calibration do."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in classifier.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    hash_tensors(digest, classifier.model.state_dict())
+    if isinstance(classifier.model, ExportedModel):
+        digest.update(sha256(classifier.model.file.path).encode())
     calibration = classifier.calibration.to_json() if classifier.calibration is not None else None
-    known = [classifier.names, classifier.data_config, calibration, classifier.model.extra_repr()]
+    known = [classifier.names, classifier.data_config, calibration]
     digest.update(json.dumps(known, default=str).encode())
     return digest.hexdigest()
 
@@ -171,9 +173,7 @@ def _in_step(batches: Iterator[list[Row]], images: int, batch_size: int, state: 
             mine, problem = next(batches, []), None
         except (UserError, RuntimeError) as e:
             mine, problem = [], f"{e} (process {state.process_index})"
-        problems = [found for found in gather_object([problem]) if found is not None]
-        if problems:
-            raise UserError(problems[0])
+        raise_together(problem)
         yield gather_object(mine)
 
 

@@ -8,10 +8,10 @@ timm-faim evaluate hf-hub:ORG/NAME DIR
 import argparse
 from pathlib import Path
 
-from timm_faim.commands.arguments import add_reading
+from timm_faim.commands.arguments import add_run
 from timm_faim.documents import read_yaml
+from timm_faim.run.common import run_words
 from timm_faim.run.errors import UserError
-from timm_faim.run.options import Number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="RUN", help="run folder, hf-hub:ORG/NAME, local-dir:FOLDER, or a timm model with weights")
     add("folder", nargs="?", metavar="DIR", help="images of known classes (default: those of the run)")
-    add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
-    add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
-    add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square")
     add("--val-flip", action="store_true", help="average the logits of each image and its mirror image")
-    add("--class-map", metavar="FILE", help="the classes in order, one a line")
-    add_reading(parser)
-    add("--amp", action="store_true", help="run the model in bfloat16 autocast")
-    add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
-    add("--experiment", default="", metavar="NAME", help="folder of this evaluation (default: time, model and size)")
+    add_run(parser)
 
 
 def _has_validation(run: Path) -> bool:
@@ -53,11 +46,7 @@ def run(args: argparse.Namespace) -> None:
         words += ["--resume", args.model]
     else:
         words += ["--model", f"local-dir:{args.model}" if is_run else args.model, "--data-dir", args.folder]
-    for name in ("img_size", "crop_pct", "crop_mode", "class_map", "batch_size", "workers", "output", "experiment"):
-        value = getattr(args, name)
-        words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--val-flip"] * args.val_flip + ["--skip-unreadable"] * args.skip_unreadable
-    words += ["--amp", "--amp-dtype", "bfloat16"] * args.amp
+    words += ["--val-flip"] * args.val_flip + run_words(args)
 
     from timm_faim.train import main
 

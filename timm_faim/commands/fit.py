@@ -11,8 +11,8 @@ images takes seconds.
 import argparse
 from pathlib import Path
 
-from timm_faim.commands.arguments import add_reading
-from timm_faim.run.options import Number, above, whole
+from timm_faim.commands.arguments import add_run
+from timm_faim.run.options import Number, above
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,19 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hf-hub:ORG/NAME (default: faim_resnet50)")  # fmt: skip
     add("--pretrained-path", metavar="FILE", help="the backbone's weights from this file")
     add("--faim-cfg", nargs="*", default=[], metavar="KEY=VALUE", help="options of the head, for example moments=True")
-    add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
-    add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
-    add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square: its "
-        "centre (default), all of it squashed, or all of it with a border")  # fmt: skip
     add("--val-fraction", type=Number(float, 0, 0.5, above=True), metavar="F",
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
     add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
         help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
-    add("--class-map", metavar="FILE", help="the classes in order, one a line")
-    add_reading(parser)
-    add("--amp", action="store_true", help="run the backbone in bfloat16 autocast")
-    add("--output", default="./output", metavar="DIR", help="folder of runs (default: ./output)")
-    add("--experiment", default="", metavar="NAME", help="folder of this run (default: time, model and size)")
+    add_run(parser)
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: the user's cache folder)")
     add("--no-cache", action="store_true", help="keep no features")
     add("--no-neighbours", action="store_true", help="keep no points of training images for predict --neighbours")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils import random_seed
 
@@ -27,6 +27,7 @@ from timm_faim.images.checked import CheckedImages, reader_of
 from timm_faim.images.datasets import TrainingData, open_datasets
 from timm_faim.report.evaluation import Evaluation
 from timm_faim.run.calibrated import calibration_line
+from timm_faim.run.common import run_words
 from timm_faim.run.errors import UserError, few, resource_advice
 from timm_faim.run.files import create_run_folder
 from timm_faim.run.lock import LOCK, lock_run_folder, release_locks
@@ -72,11 +73,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     words += [] if has_train else ["--train-split", ""]
     words += [] if has_val else ["--val-split", ""]
     words += ["--faim-cfg", *args.faim_cfg] if args.faim_cfg else []
-    for name in ("img_size", "crop_pct", "crop_mode", "class_map", "batch_size", "workers", "output", "experiment"):
-        value = getattr(args, name)
-        words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--skip-unreadable"] * args.skip_unreadable + ["--no-report"] * args.no_report
-    return words + ["--amp", "--amp-dtype", "bfloat16"] * args.amp
+    return words + ["--no-report"] * args.no_report + run_words(args)
 
 
 def _channels(run: Path) -> int:
@@ -106,7 +103,7 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
                for split, dataset in datasets.items()}  # fmt: skip
     with _run_folder(options, data_config["input_size"][-1], accelerator) as run_folder:
         with _store_folder(args, model, data_config, datasets) as folder:
-            folder = Path(gather_object([str(folder)])[0])  # a temporary one is that of the main process
+            folder = Path(broadcast_object_list([str(folder)])[0])  # a temporary one is that of the main process
             started = time.perf_counter()
             ran = extract(model, loaders, folder, accelerator)
             if is_main:
@@ -134,7 +131,7 @@ def _run_folder(options: Options, img_size: int, accelerator: Accelerator) -> It
             made = (str(folder), "")
         except UserError as e:
             made = ("", str(e))
-    name, problem = gather_object([made])[0]
+    name, problem = broadcast_object_list([made])[0]
     if problem:
         raise UserError(problem)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.task import evaluation_sample_limit
 from torch import nn
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from timm_faim.head.fit import fit_moments_
 from timm_faim.head.tap import layer_inputs, pooled
 from timm_faim.images.checked import UNREADABLE
 from timm_faim.run.errors import UserError
+from timm_faim.run.gather import raise_together
 
 _ALIKE = 1e-3  # of the spread of the logits
 
@@ -60,7 +61,7 @@ def extract(model: nn.Module, loaders: Mapping[str, Any], folder: Path, accelera
     Raises:
         UserError: features that are not finite, images that cannot be read, a model whose logits are not its head's.
     """
-    whole = gather_object([is_whole(folder, loaders) if accelerator.is_main_process else None])[0]
+    whole = broadcast_object_list([is_whole(folder, loaders) if accelerator.is_main_process else None])[0]
     if not whole:
         _write(model, loaders, folder, accelerator)
     model.load_state_dict(stored_state(folder), strict=False)
@@ -72,7 +73,7 @@ def _write(model: nn.Module, loaders: Mapping[str, Any], folder: Path, accelerat
     if accelerator.is_main_process:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-    temporary = Path(gather_object([made])[0])
+    temporary = Path(broadcast_object_list([made])[0])
     try:
         try:
             fit_moments_(model, loaders["train"], lambda images: model(images.to(accelerator.device)))
@@ -96,9 +97,7 @@ def _write_split(model: nn.Module, loader: Any, folder: Path, split: str, accele
     except UserError as e:
         problem = str(e)
     writer.close()
-    problems = [found for found in gather_object([problem]) if found is not None]
-    if problems:
-        raise UserError(problems[0])
+    raise_together(problem)
     return {"counts": gather_object([writer.count]), "width": max(gather_object([writer.width]))}
 
 

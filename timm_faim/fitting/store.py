@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from timm_faim import faim_heads
 from timm_faim.moments import Moments
 from timm_faim.run.files import rename
+from timm_faim.run.weights import hash_tensors
 from timm_faim.version import __version__
 
 _META, _STATE = "store.json", "state.safetensors"
@@ -136,10 +137,7 @@ def key_of(model: nn.Module, settings: Mapping[str, Any], files: Iterable[str]) 
     digest.update(json.dumps([__version__, settings], sort_keys=True, default=str).encode())
     own = [f"{name}." for name in faim_heads(model)]
     own += [f"{name}." for name, m in model.named_modules() if isinstance(m, Moments) and not m.is_fitted]
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(tuple(own)):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    hash_tensors(digest, {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(own))})
     for file in files:
         status = os.stat(file)
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))

@@ -1,5 +1,6 @@
 """What of a run concerns more than one part of it."""
 
+import argparse
 from dataclasses import dataclass
 
 from timm_faim.run.options import SHARE, flag, option, whole
@@ -32,3 +33,12 @@ class RunOptions:
     )
     eval_only: bool = flag("evaluate on the validation data, do not train", marks="usual launch")
     dry_run: bool = flag("try two updates and a validation batch, and tell what the run would do", marks="usual launch")
+
+
+def run_words(args: argparse.Namespace) -> list[str]:
+    """Options that commands in front of the training have too, as the training takes them."""
+    words = []
+    for name in ("img_size", "crop_pct", "crop_mode", "class_map", "batch_size", "workers", "output", "experiment"):
+        value = getattr(args, name)
+        words += [] if value in (None, "") else [f"--{name.replace('_', '-')}", str(value)]
+    return words + ["--skip-unreadable"] * args.skip_unreadable + ["--amp", "--amp-dtype", "bfloat16"] * args.amp

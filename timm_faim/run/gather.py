@@ -2,6 +2,9 @@
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from timm_faim.run.errors import UserError
 
 
 def gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
@@ -15,3 +18,14 @@ def gather_rows(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     padded = accelerator.gather(accelerator.pad_across_processes(rows.contiguous()))
     shards = padded.view(len(counts), max(counts), *rows.shape[1:])
     return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)])
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise the first process's problem on every process; a collective call.
+
+    Raises:
+        UserError: one of them has a problem.
+    """
+    problems = [found for found in gather_object([problem]) if found is not None]
+    if problems:
+        raise UserError(problems[0])

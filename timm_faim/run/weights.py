@@ -1,7 +1,7 @@
 """Weights and model description, in the form that `timm.create_model('local-dir:…', pretrained=True)` opens."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,13 @@ def _epoch_name(epoch: int) -> str:
 def whole_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies on the CPU that share nothing and are contiguous: safetensors refuses tied and strided tensors."""
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Feed names and bytes of tensors to a digest of hashlib."""
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def save_batch(path: Path, images: torch.Tensor, target: torch.Tensor) -> None:

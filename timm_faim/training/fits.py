@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel, gather_object
+from accelerate.utils import extract_model_from_parallel
 
 from timm_faim import faim_heads, fit_
 from timm_faim.moments import Moments
 from timm_faim.run.errors import UserError
+from timm_faim.run.gather import raise_together
 from timm_faim.training.loop import Training
 from timm_faim.training.options import Options
 
@@ -64,7 +65,6 @@ def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], Non
                 yield from run.order.batches(epochs + view)
         except UserError as error:  # an image that this process alone could not read; the others wait at the end
             problem = f"{error} (process {run.accelerator.process_index})"
-        if problems := [found for found in gather_object([problem]) if found is not None]:
-            raise UserError(problems[0])
+        raise_together(problem)
 
     return refit
