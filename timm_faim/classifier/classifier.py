@@ -22,7 +22,7 @@ from timm_faim.classifier.neighbours import Gallery
 from timm_faim.classifier.prediction import Judge, Prediction
 from timm_faim.export import Exported
 from timm_faim.head.tap import Tap, pooled
-from timm_faim.images.pixels import read_image
+from timm_faim.images.pixels import mode_of, read_image
 from timm_faim.run.errors import UserError
 from timm_faim.run.opening import open_model
 
@@ -67,7 +67,7 @@ class Classifier:
     @property
     def mode(self) -> str:
         """Pillow's mode of the images that the model sees."""
-        return "L" if self.data_config["input_size"][0] == 1 else "RGB"
+        return mode_of(self.data_config["input_size"][0])
 
     def judge(self, top: int = 5, unknown: float = RATE, coverage: float | None = None) -> Judge:
         """What makes predictions of logits; see :meth:`__call__`."""

@@ -4,7 +4,6 @@ Shapes: N training images, B new ones, D features, K neighbours.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +54,6 @@ class Gallery:
         """The k nearest training images of each point: (name, Euclidean distance of the points), nearest first."""
         found = []
         for distances, numbers in nearest(points_BD.float(), self.points_ND, torch.cdist, min(k, len(self.names))):
-            rows: Sequence = list(zip(numbers.tolist(), distances.tolist(), strict=True))
-            found += [[(self.names[i], d) for i, d in zip(*row, strict=True)] for row in rows]
+            names = [[self.names[i] for i in row] for row in numbers.tolist()]
+            found += [list(zip(*row, strict=True)) for row in zip(names, distances.tolist(), strict=True)]
         return found

@@ -45,8 +45,9 @@ def predict(args: argparse.Namespace) -> None:
             raise UserError(f"{path} cannot be written: {'a folder' if path.is_dir() else 'no folder to hold it'}. "
                             "Name a file")  # fmt: skip
         check_writable(path.resolve().parent)
-    state = PartialState(cpu=choose_device(args.device).type == "cpu")
-    device = choose_device(args.device) if state.num_processes == 1 else state.device
+    kind, device = _format(args), choose_device(args.device)
+    state = PartialState(cpu=device.type == "cpu")
+    device = device if state.num_processes == 1 else state.device
     paths = _paths(args.images, state)
     classifier = load(args.model, device, args.amp, "--model")
     try:
@@ -57,7 +58,6 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError("--neighbours needs a model with one FAIM head. Leave it out")
     gallery = classifier.gallery() if args.neighbours else None
 
-    kind = _format(args)
     journal = None
     if args.output is not None and state.is_main_process:
         settings = {key: str(getattr(args, key)) for key in ("model", "top", "unknown", "set", "neighbours", "amp")}

@@ -58,11 +58,16 @@ def _csv_rows(rows: Sequence[Row]) -> Iterator[list]:
     for row in rows:
         top = row.get("top") or [{}]
         known = {True: "yes", False: "no"}.get(row.get("known"), "")
-        cells = [row["file"], row.get("prediction", ""), top[0].get("probability", ""), top[0].get("distance", "")]
+        cells = [
+            row["file"],
+            row.get("prediction", ""),
+            top[0].get("probability", ""),
+            top[0].get("distance", ""),
+            known,
+        ]
         for k in range(1, K):
             entry = top[k] if k < len(top) else {}
             cells += [entry.get(key, "") for key in ("class", "probability", "distance")]
-        cells.insert(4, known)
         names = {"candidates": row.get("candidates", ()), "neighbours": [n["file"] for n in row.get("neighbours", ())]}
         yield [*cells, *("; ".join(names[key]) for key in further), row.get("error", "")]
 

@@ -16,7 +16,7 @@ from timm_faim.commands.launch import FLAG, start_processes, take_processes
 from timm_faim.run.errors import UserError, did_you_mean, report
 from timm_faim.run.options import Parser
 
-COMMANDS = {  # in the order of the help; these lines are those of the modules' docstrings
+COMMANDS = {  # in the order of the help
     "train": "train a model on images",
     "fit": "make a classifier of images in closed form, in one pass, without training",
     "predict": "classify images",

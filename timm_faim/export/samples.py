@@ -15,6 +15,7 @@ from torch import Tensor
 from timm_faim.data import omniglot242_root
 from timm_faim.images.checked import UNREADABLE, CheckedImages, reader_of
 from timm_faim.images.folders import put_in_order
+from timm_faim.images.pixels import mode_of
 from timm_faim.run.errors import UserError
 
 
@@ -53,7 +54,7 @@ def read_samples(folder: Path, data_config: Mapping[str, Any], count: int, skip_
     if not folder.is_dir():
         raise UserError(f"--images {folder} is no folder. Give a folder of images")
     try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=_mode(channels))
+        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode_of(channels))
     except (RuntimeError, OSError) as e:
         raise UserError(f"cannot open --images {folder}: {e}. Give a folder of images") from e
     images = CheckedImages(dataset, skip=skip_unreadable, is_training=False)
@@ -70,10 +71,6 @@ def read_samples(folder: Path, data_config: Mapping[str, Any], count: int, skip_
     if not pixels:
         raise UserError(f"none of the images of --images {folder} can be read. Check the files")
     return Samples(torch.stack(pixels), folders)
-
-
-def _mode(channels: int) -> str:
-    return "L" if channels == 1 else "RGB"
 
 
 def _steps(length: int, count: int) -> list[int]:

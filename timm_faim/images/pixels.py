@@ -17,6 +17,11 @@ class PixelRangeError(ValueError):
     """Pixels of a range that is not known."""
 
 
+def mode_of(channels: int) -> str:
+    """Pillow's mode of images for a model of so many input channels."""
+    return "L" if channels == 1 else "RGB"
+
+
 def read_image(source: BinaryIO | Image.Image, mode: str) -> Image.Image:
     """Decode an image and convert it to a mode of 8 bits a channel.
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from timm_faim.data import OMNIGLOT242, omniglot242_root
 from timm_faim.images.checked import CheckedImages
 from timm_faim.images.folders import put_in_order
-from timm_faim.images.pixels import InMode
+from timm_faim.images.pixels import InMode, mode_of
 from timm_faim.run.common import RunOptions
 from timm_faim.run.errors import UserError, did_you_mean
 from timm_faim.run.options import Number, available_cores, flag, option, whole
@@ -109,7 +109,7 @@ def open_split(
     name, root = options.dataset, options.data_dir
     split = options.train_split if is_training else options.val_split
     _check_name(options)
-    mode = options.input_img_mode or ("L" if in_chans == 1 else "RGB")
+    mode = options.input_img_mode or mode_of(in_chans)
     as_stored = options.kind in ("hfids", "wds")  # these readers would convert, with clipping
     from_fields = {
         key: value

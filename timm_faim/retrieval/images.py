@@ -18,6 +18,7 @@ from timm_faim.images.checked import UNREADABLE, CheckedImages, reader_of
 from timm_faim.images.folders import check_one_level, put_in_order
 from timm_faim.images.loaders import clean_loader
 from timm_faim.images.pictures import Pictures
+from timm_faim.images.pixels import mode_of
 from timm_faim.run import opening
 from timm_faim.run.errors import UserError
 
@@ -102,7 +103,7 @@ def open_folder(folder: str, flag: str, channels: int, skip_unreadable: bool) ->
     if not Path(folder).is_dir():
         raise UserError(f"{flag} {folder} is no folder. Give a folder with one folder of images per class")
     try:
-        dataset = create_dataset("", root=folder, search_split=False, input_img_mode="L" if channels == 1 else "RGB")
+        dataset = create_dataset("", root=folder, search_split=False, input_img_mode=mode_of(channels))
     except (RuntimeError, OSError) as e:
         raise UserError(
             f"cannot open the images of {flag} {folder}: {' '.join(str(e).split())}. Give a folder with "

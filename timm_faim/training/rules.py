@@ -7,6 +7,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DynamoBackend
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
+from timm_faim.images.pixels import mode_of
 from timm_faim.images.splits import DataOptions
 from timm_faim.run.errors import UserError, did_you_mean
 from timm_faim.training.contrastive import parse_losses
@@ -90,7 +91,7 @@ def check_values(options: Options) -> None:
 def _check_channels(options: InputOptions, mode: str | None) -> None:
     """The model's input has the channels of the images' mode."""
     chans = options.input_size[0] if options.input_size else options.in_chans
-    mode = mode or ("L" if chans == 1 else "RGB")
+    mode = mode or mode_of(chans)
     if mode not in MODES:
         raise UserError(f"unknown --input-img-mode {mode}.{did_you_mean(mode, MODES)} Modes are {', '.join(MODES)}")
     if chans is not None and chans != MODES[mode]:
