@@ -7,6 +7,7 @@ augmented views of the training images), and with blends of the two. FAIM's own 
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ class Run:
         self.model = build(setting, config["features"], weights, batches)
         self.classes = int(labels.max()) + 1
         self.head = self._build_head().to(device)
-        if config["start"] == "means":
-            self.head.start_(self.features(self.pixels), self.labels)
+        self._start_head()
         self.model.train()
         self.steps = config.get("steps", min(max(400, 24 * len(kept) // BATCH), 900))
         self.step, self.order = 0, torch.empty(0, dtype=torch.long)
         self.optimizer = self._optimizer()
+        self.factor = torch.zeros((), device=device)  # of the learning rates, by the schedule
         self.index = torch.zeros(BATCH, dtype=torch.long, device=device)
         self.parameters = torch.zeros(BATCH, 8, device=device)
         self.graph = self.stream = None
@@ -68,13 +69,20 @@ class Run:
     def _build_head(self) -> nn.Module:
         return build_head(self.config["method"], self.model.widths, self.classes, self.config["options"])
 
+    def _start_head(self) -> None:
+        if self.config["start"] == "means":
+            self.head.start_(self.features(self.pixels), self.labels)
+
+    def _backbone_groups(self, rate: float) -> list[tuple[list[nn.Parameter], float, float]]:
+        """Parameters, learning rate and weight decay; norms, biases and scalars are not decayed."""
+        body = [p for p in self.model.parameters() if p.requires_grad]
+        return [([p for p in body if p.ndim > 1], rate, WEIGHT_DECAY), ([p for p in body if p.ndim <= 1], rate, 0.0)]
+
     def _optimizer(self) -> torch.optim.Optimizer:
         rate = self.config["lr"]
-        body = [p for p in self.model.parameters() if p.requires_grad]
         head = [p for p in self.head.parameters() if p.requires_grad]
-        groups = [  # norms, biases and scalars are not decayed, prototypes and weights of peers are
-            ([p for p in body if p.ndim > 1], rate, WEIGHT_DECAY),
-            ([p for p in body if p.ndim <= 1], rate, 0.0),
+        groups = [  # prototypes and weights of peers are decayed
+            *self._backbone_groups(rate),
             ([p for p in head if p.ndim > 1], rate * self.config["lr_mu"], self.config["decay_mu"]),
             ([p for p in head if p.ndim <= 1], rate, 0.0),
         ]
@@ -86,8 +94,12 @@ class Run:
         ]
         return torch.optim.AdamW(groups, fused=cuda, capturable=cuda)
 
+    def _state(self) -> list[Tensor]:
+        """All that a step changes, beside the optimizer's own."""
+        return [*self.model.state_dict().values(), *self.head.state_dict().values()]
+
     def _capture(self) -> None:
-        tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
+        tensors = self._state()
         start = [t.clone() for t in tensors]
         self._feed()
         self.order, self.generator = torch.empty(0, dtype=torch.long), self.generator.manual_seed(self.config["seed"])
@@ -115,6 +127,7 @@ class Run:
         self.parameters.copy_(draw_augmentation(BATCH, self.kind, self.generator), non_blocking=True)
         warm = min(1.0, (self.step + 1) / (0.1 * self.steps))
         factor = warm * 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
+        self.factor.fill_(factor)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(group["base"] * factor)
 
@@ -127,7 +140,11 @@ class Run:
         loss = self.head.loss(features.float(), target, self.config["smoothing"])
         loss.backward()
         self.optimizer.step()
+        self._after_step()
         self.loss = loss.detach()
+
+    def _after_step(self) -> None:
+        """Part of the step, on weights that the optimizer has just changed."""
 
     def advance(self) -> bool:
         """One step; False after the last."""
@@ -157,35 +174,44 @@ class Run:
         self.model.train()
         return torch.cat(rows)
 
-    def refit_features(self) -> tuple[Tensor, Tensor]:
-        """Features [N, D] and labels [N] of the training images, whole and in augmented views."""
-        views = [self.features(self.pixels), *(self.features(self.pixels, view) for view in range(REFIT_VIEWS))]
-        return torch.cat(views), self.labels.repeat(len(views))
+    def refit_features(self, views: Sequence[int] = range(REFIT_VIEWS)) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and labels [N] of the training images, whole and in augmented views of these numbers."""
+        seen = [self.features(self.pixels), *(self.features(self.pixels, view) for view in views)]
+        return torch.cat(seen), self.labels.repeat(len(seen))
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
-        """Top-1 in per cent by name, and ECE of the head as trained and of FAIM's fixed refit."""
+        """The config with what :meth:`measure` finds."""
         if self.graph is not None:
             self.stream.synchronize()
         self.head.eval()
+        return self.record(self.measure())
+
+    def record(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The config, what was found, and what the training took."""
+        took = {"steps": self.steps, "loss": self.loss.item(), "seconds": round(time.time() - self.began, 1)}
+        return {**self.config, **found, **took}
+
+    @torch.no_grad()
+    def measure(self, views: Sequence[int] = range(REFIT_VIEWS)) -> dict[str, Any]:
+        """``top1`` in per cent by name, and ``ece`` of the head as trained and of FAIM's fixed refit, with these views
+        for the refits."""
         parts = list(self.model.widths)
         x, y = self.features(self.test[0]), self.test[1]
         found = {"trained": self.head(x)}
         if len(parts) > 1:
             found |= {f"trained {part}": logits for part, logits in self.head.logits(x).items()}
-        seen, labels = self.refit_features()
+        seen, labels = self.refit_features(views)
         refitted = refits(self._by_part(seen), labels, self.classes, self._by_part(x))
         found |= refitted | blends(found["trained"], refitted, parts)
         refit = default_refit("FAIM", parts)
-        result = {
-            **self.config,
+        return {
             "top1": {name: 100 * (scores.argmax(1) == y).float().mean().item() for name, scores in found.items()},
             "ece": {
                 "trained": 100 * measures(found["trained"], y)["ece"],
                 refit: 100 * measures(distance_logits(found[refit]), y)["ece"],
             },
         }
-        return result | {"steps": self.steps, "loss": self.loss.item(), "seconds": round(time.time() - self.began, 1)}
 
     def _by_part(self, x: Tensor) -> dict[str, Tensor]:
         widths = self.model.widths

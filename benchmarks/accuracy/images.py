@@ -25,27 +25,32 @@ class Images:
     data_hash: str
 
 
-def load_images(folder: Path, size: int, cache: Path) -> Images:
-    """Read ``folder/{train,val}/<class>/*``, each image squashed to a square, or take it from the cache."""
+def load_images(folder: Path, size: int, cache: Path, centre: bool = False) -> Images:
+    """Read ``folder/{train,val}/<class>/*``, each image squashed to a square or its ``centre`` cut out, or take it from
+    the cache."""
     data_hash = hash_folder(folder)
-    file = cache / f"{data_hash[:16]}-{size}-whole.pt"
+    file = cache / f"{data_hash[:16]}-{size}-{'centre' if centre else 'whole'}.pt"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         splits = []
         with ProcessPoolExecutor() as pool:
             for split in ("train", "val"):
                 paths, labels = list_images(folder / split)
-                pixels = list(pool.map(_read, paths, [size] * len(paths), chunksize=32))
+                pixels = list(pool.map(_read, paths, [size] * len(paths), [centre] * len(paths), chunksize=32))
                 splits.append((torch.from_numpy(np.stack(pixels)), torch.tensor(labels)))
         torch.save(splits, file)
     train, val = torch.load(file, mmap=True)
     return Images(train, val, data_hash)
 
 
-def _read(path: Path, size: int) -> np.ndarray:
+def _read(path: Path, size: int, centre: bool) -> np.ndarray:
     with Image.open(path) as file:
         image = file.convert("RGB")
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side) if centre else None
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 

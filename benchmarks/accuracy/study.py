@@ -100,7 +100,9 @@ def worker(gpu: int, queue: Any, lock: Any, args: argparse.Namespace, deadline: 
         setting = ALL[config["setting"]]
         stored = setting.data, setting.stored
         if stored not in images:
-            images[stored] = load_images(args.data[setting.data], setting.stored, args.cache)
+            images[stored] = load_images(
+                args.data[setting.data], setting.stored, args.cache, getattr(args, "centre", False)
+            )
         run = kind(config, images[stored], args.weights, device)
         while run.advance():
             pass
