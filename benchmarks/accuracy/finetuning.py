@@ -1,4 +1,4 @@
-"""Fine-tuning that keeps what the backbone knows: LP-FT, L2-SP, layer decay, averages of weights, for every head alike.
+"""Fine-tuning that keeps what the backbone knows: LP-FT, L2-SP, layer decay, frozen norms, averages of weights.
 
     python benchmarks/accuracy/finetuning.py --weights tf_efficientnet_lite0=FILE --data leaf99=DIR grocery81=DIR
         [--processes N] [--minutes M]
@@ -6,8 +6,8 @@
 Every head trains as its best trial of ``study.py`` did (results/moments.jsonl); nothing of that is searched again. Each
 variant's strength is chosen for each head on a held-out quarter of the training images, by the mean of its top-1 as
 trained and after the fixed refit, over all settings; then come seeds, measured on the validation images, of every
-variant and of those together that did better than the plain run did ("together"). Weights averaged over the last steps
-or with the start are measured in every run, see :mod:`tuned`.
+variant and of those together that did better than the plain run did ("together"). The plain run, LP-FT and "together"
+are also measured with weights averaged over the last steps and with the start, see :mod:`tuned`.
 
 Features after features, the search before the seeds. After --minutes no run begins any more, and those in progress end;
 the same command goes on from there. ``finetuning_tables.py`` makes the tables.
@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[How]] = {
     "LP-FT": [{"probe": True, "rate": rate} for rate in (1.0, 0.3, 0.1)],
     "L2-SP": [{"pull": pull} for pull in (1e-3, 1e-2, 1e-1)],
     "layer decay": [{"layer_decay": decay} for decay in (0.65, 0.8, 0.9)],
+    "frozen norms": [{"norms": "frozen"}],
 }
 
 

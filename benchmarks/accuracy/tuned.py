@@ -13,6 +13,7 @@ from finetune import REFIT_VIEWS, WEIGHT_DECAY, Run
 from images import Images, augment, draw_augmentation
 from joint import build_head
 from parts import settle_
+from timm.layers import freeze_batch_norm_2d
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ class TunedRun(Run):
     * ``rate``: factor for all learning rates;
     * ``pull``: share by which a step at full learning rate pulls the backbone towards its start, instead of decaying it
       (L2-SP, Li et al. 2018, arXiv:1802.01483, decoupled from Adam's moments as AdamW's decay is);
-    * ``layer_decay``: factor for the learning rate of each block before the next.
+    * ``layer_decay``: factor for the learning rate of each block before the next;
+    * ``norms``: "frozen": statistics, weights and biases of batch norms stay those of the start.
 
     Measured are the weights at the end ("end") and, where the config says ``averages``, their moving average over a
     tenth of the steps ("ema") and points between start and end ("wise 0.5": half of each; WiSE-FT, Wortsman et al.
@@ -72,6 +74,8 @@ class TunedRun(Run):
         return build_head(self.config["method"], self.model.widths, self.classes, options)
 
     def _start_head(self) -> None:
+        if self.how.get("norms") == "frozen":
+            self.model.model = freeze_batch_norm_2d(self.model.model)
         if self.how.get("probe"):
             seen, labels = self.refit_features()
             probe_(self.head, seen, labels, self.config["smoothing"])
