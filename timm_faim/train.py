@@ -41,6 +41,7 @@ from timm_faim.training.model import build_data_config, build_model, check_model
 from timm_faim.training.optimiser import build_optimizer, build_scheduler, learning_rate, split_groups
 from timm_faim.training.options import ONE_LAUNCH, Options, as_recipe
 from timm_faim.training.plan import dry_run
+from timm_faim.training.rare_classes import class_counts
 from timm_faim.training.resume import open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.state import Checkpointer
@@ -109,7 +110,8 @@ def train_with(options: Options) -> None:
         part, frozen = only_classifier(model), []
         log(f"features of {len(order.loader.target)} training images are computed; the head trains on them")
 
-    task = tasks.build_task(options, part, build_criterion(options, part), accelerator.device)
+    criterion = build_criterion(options, part, class_counts(options.rare_classes, data))
+    task = tasks.build_task(options, part, criterion, accelerator.device)
     accum = options.optimiser.grad_accum_steps
     options.schedule.lr = learning_rate(options.schedule, options.optimiser.opt, options.run.batch_size * accum * world)
     optimizer = build_optimizer(options.optimiser, options.schedule.lr, task.get_trainable_module())

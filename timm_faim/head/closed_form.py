@@ -25,6 +25,7 @@ from torch import Tensor
 from timm_faim.metric import FAIMMetric
 
 from .head import FAIMHead
+from .sharing import check_share, share_prototypes
 from .statistics import HeadStatistics
 
 _DROWNED = 1.05  # squared distances at most 5 % longer than Σ makes them: 2.5 % of the distance
@@ -33,16 +34,20 @@ _logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float = 0.3) -> FAIMHead:
+def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float = 0.3, share: float = 0.0) -> FAIMHead:
     """Set μ, Σ and β of ``head`` from moments; γ, λ and the prior stay.
 
+    ``share`` is the strength at which prototypes of few images are shared with look-alikes (:mod:`.sharing`), in Σ's
+    frame, each part of the features for itself; without effect where no class has two images.
+
     Raises:
-        ValueError: shrinkage outside (0, 1], no samples, features all equal, or of a scale at which the head's ``eps``
-            or dtype drowns the distances; the head is then as it was. Classes without a sample keep their prototype,
-            with a warning.
+        ValueError: shrinkage outside (0, 1], share outside [0, 100], no samples, features all equal, or of a scale at
+            which the head's ``eps`` or dtype drowns the distances; the head is then as it was. Classes without a
+            sample keep their prototype, with a warning.
     """
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must lie in (0, 1], got {shrinkage}; few samples a class need more")
+    check_share(share)
     n = stats.counts_C.sum()
     if n == 0:
         raise ValueError("no samples to fit the head from")
@@ -68,20 +73,31 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
         within = ((stats.second - (means_CD.square() * stats.counts_C[:, None]).sum(0)) / degrees).clamp_min(0.0)
         pairs = variances_D + spread_CD.square().sum(0)
     sigma = _precision(within, shrinkage, 1e-12 * variance)
-    points_CD = means_CD
     if head.is_flat:
         _set_metric(head.metric, sigma / (sigma * pairs).sum(), spread_CD, pairs)
     elif head.whiten is None:
         head.metric.beta.copy_(_leading_direction(spread_CD))
-        points_CD = head.project(means_CD)
     else:
         _set_frame(head, mean_D, sigma / variance, spread_CD)
         means = all_mean_D.split(head.parts)[1:]
         for frame, scatter, mean in zip(head.frames, stats.scatters, means, strict=True):
             frame.set_(mean, scatter, shrinkage, degrees)
-        points_CD = head.embed(all_means_CD)
-    head.mu[seen_C] = points_CD[seen_C].to(head.mu.dtype)
+    if share and n > seen_C.sum():
+        all_means_CD = _shared(head, all_means_CD, all_mean_D, sigma, stats.counts_C, share)
+    head.mu[seen_C] = head.embed(all_means_CD)[seen_C].to(head.mu.dtype)
     return head
+
+
+def _shared(head: FAIMHead, means_CD: Tensor, mean_D: Tensor, sigma: Tensor, counts_C: Tensor, share: float) -> Tensor:
+    """Class means in feature space, those of each part shared with look-alikes in the frame of its Σ."""
+    first_CD, *others = means_CD.split(head.parts, 1)
+    first_mean_D, *other_means = mean_D.split(head.parts)
+    around_CD = first_CD - first_mean_D
+    framed_CD = around_CD @ torch.linalg.cholesky(sigma) if sigma.dim() == 2 else around_CD * sigma.sqrt()
+    shared = [first_mean_D + share_prototypes(framed_CD, counts_C, share, around_CD)]
+    for frame, means, mean in zip(head.frames, others, other_means, strict=True):
+        shared.append(mean + share_prototypes(frame(means), counts_C, share, means - mean))
+    return torch.cat(shared, 1)
 
 
 def _set_frame(head: FAIMHead, mean_D: Tensor, sigma: Tensor, spread_CD: Tensor) -> None:

@@ -29,6 +29,7 @@ def fit_(
     batches: Iterable[tuple[Tensor, Tensor]],
     shrinkage: float = 0.3,
     device: torch.device | None = None,
+    share: float = 0.0,
 ) -> nn.Module:
     """Set every FAIM head of ``model``, in place and in closed form, from (images [B, ...], class indices [B]).
 
@@ -45,6 +46,8 @@ def fit_(
         batches: of images and class indices.
         shrinkage: of the covariance within classes, in (0, 1].
         device: where the images go (default: where the model is).
+        share: strength in [0, 100] at which prototypes of few images are shared with look-alikes; see
+            :func:`timm_faim.head.sharing.share_prototypes`.
 
     Returns:
         The model.
@@ -72,7 +75,7 @@ def fit_(
         if reached and name not in reached:
             _logger.warning(f"head {name!r} is not reached in eval mode and keeps its start")
             continue
-        fit_from_statistics_(head, stats[name], shrinkage)
+        fit_from_statistics_(head, stats[name], shrinkage, share)
     return model
 
 

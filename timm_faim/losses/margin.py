@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from timm_faim.head import FAIMHead
-from timm_faim.head.margin import gathered_gamma, subtract_margin
+from timm_faim.head.margin import gathered_gamma, ldam_margins, subtract_margin
 
 from .base import check_labels, check_positive
 
@@ -69,7 +69,7 @@ class FAIMMarginLoss(nn.Module):
                     f"class_counts must be {head.num_classes} numbers > 0, one per class, got "
                     f"{counts.tolist() if counts.numel() < 10 else list(counts.shape)}"
                 )
-            margins = self.margin * (counts.min() / counts) ** 0.25
+            margins = ldam_margins(counts, self.margin)
         self.register_buffer("margins", margins)
 
     @property

@@ -1,4 +1,5 @@
-"""Batches of P classes with K images each (Hermans et al. 2017), for losses that compare images of a class."""
+"""Batches of P classes with K images each (Hermans et al. 2017), for losses that compare images of a class, or of
+classes drawn equally often (K = 1), for classes of unequal size."""
 
 from collections.abc import Iterator, Sequence
 
@@ -33,8 +34,9 @@ class _Deck:
 class ClassSampler:
     """Indices of this process's batches, each of P = batch_size / K classes with K images each.
 
-    In one step no class comes in two processes. Over the steps all classes come equally often, and so do all images
-    of a class; one with fewer than K images repeats some within the batch. An epoch has as many batches as without.
+    In one step no class comes in two processes; with K = 1 this and different classes in a batch hold only where there
+    are classes enough. Over the steps all classes come equally often, and so do all images of a class; one with fewer
+    than K images repeats some within the batch. An epoch has as many batches as without.
 
     Args:
         targets: class of each image.
@@ -45,7 +47,8 @@ class ClassSampler:
         seed: the same in every process.
 
     Raises:
-        UserError: a batch that is no multiple of K, fewer classes than one step takes, or too few images for a step.
+        UserError: a batch that is no multiple of K, fewer classes than one step takes with K > 1, or too few images for
+            a step.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class ClassSampler:
         if batch_size % samples_per_class:
             raise UserError(f"--samples-per-class {samples_per_class} must divide --batch-size {batch_size}")
         self.classes = batch_size // samples_per_class  # P
-        if self.classes * processes > len(self.images):
+        if samples_per_class > 1 and self.classes * processes > len(self.images):
             raise UserError(
                 f"--batch-size {batch_size} with --samples-per-class {samples_per_class} takes "
                 f"{self.classes * processes} classes a step, and the data have {len(self.images)}. Choose "

@@ -32,7 +32,11 @@ class ContrastiveOptions:
     )
     views: int = option("augmented views of each image in a batch", 1, whole(1, 64), "N", marks="training")
     samples_per_class: int = option(
-        "batches of K images each of --batch-size/K classes", 0, whole(0), "K", marks="training"
+        "batches of K images each of --batch-size/K classes; 1: classes equally often, as in cRT's second stage",
+        0,
+        whole(0),
+        "K",
+        marks="training",
     )
     contrastive_temperature: float = option(
         "temperature of infonce, supcon and npair", 0.1, above(0, 1000), "T", marks="faim"

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 from timm.data import Mixup
 from timm.loss import create_classification_loss
-from torch import nn
+from torch import Tensor, nn
 
 from timm_faim import TargetMargin, faim_heads
+from timm_faim.head.margin import ldam_margins
 from timm_faim.images.splits import DataOptions
 from timm_faim.run.errors import UserError
 from timm_faim.run.options import SHARE, Number, above, flag, option, real, whole
+from timm_faim.training.rare_classes import RareClassLoss
 
 if TYPE_CHECKING:
     from timm_faim.training.options import Options
@@ -82,7 +84,7 @@ def build_mixup(mixing: MixingOptions, loss: LossOptions, data: DataOptions, num
     )
 
 
-def build_criterion(options: "Options", model: nn.Module) -> nn.Module:
+def build_criterion(options: "Options", model: nn.Module, counts_C: Tensor | None = None) -> nn.Module:
     """Training loss of (logits [B, C], target [B] or [B, C]), with the margin of the model's FAIM heads.
 
     With mixup or cutmix the target must be the soft one of timm's `Mixup`, which holds the smoothing then.
@@ -90,6 +92,7 @@ def build_criterion(options: "Options", model: nn.Module) -> nn.Module:
     Args:
         options: the options.
         model: the model in training, or its classifier alone.
+        counts_C: training images of each class, for --logit-adjust and --ldam.
 
     Raises:
         UserError: options that do not go with the loss.
@@ -110,7 +113,12 @@ def build_criterion(options: "Options", model: nn.Module) -> nn.Module:
         raise UserError(f"the {loss} loss: {e}") from e
     if options.distillation.kd_model_name and options.distillation.kd_distill_type == "token":
         model = _main_classifier(model)  # the criterion sees the main head's logits only
-    return TargetMargin(criterion, model) if faim_heads(model) else criterion
+    rare, has_faim = options.rare_classes, bool(faim_heads(model))
+    if counts_C is not None:
+        criterion = RareClassLoss(criterion, counts_C, rare.logit_adjust, 0.0 if has_faim else rare.ldam)
+    if not has_faim:
+        return criterion
+    return TargetMargin(criterion, model, ldam_margins(counts_C, rare.ldam) if rare.ldam else None)
 
 
 def _main_classifier(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from timm_faim.training.launch import DeviceOptions, LoggingOptions
 from timm_faim.training.loss import LossOptions, MixingOptions
 from timm_faim.training.model import HeadOptions, InputOptions, ModelOptions
 from timm_faim.training.optimiser import OptimiserOptions, ScheduleOptions
+from timm_faim.training.rare_classes import RareClassOptions
 from timm_faim.training.tasks import DistillationOptions
 
 
@@ -33,6 +34,7 @@ class Options:
     augmentation: AugmentationOptions
     mixing: MixingOptions
     loss: LossOptions
+    rare_classes: RareClassOptions
     contrastive: ContrastiveOptions
     distillation: DistillationOptions
     optimiser: OptimiserOptions

@@ -14,6 +14,7 @@ from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.loss import loss_name, mixes_images
 from timm_faim.training.model import InputOptions
 from timm_faim.training.options import Options
+from timm_faim.training.rare_classes import asked
 
 STREAMED = ("hfids", "wds", "tfds")  # types of --dataset that can only be read from the beginning
 WITH_FIELDS = ("hfds", *STREAMED)  # types of --dataset whose samples have named fields
@@ -187,6 +188,16 @@ def check_combinations(options: Options) -> None:
         )
         if on
     ]
+    for_rare = asked(options.rare_classes)
+    not_for_rare = [
+        flag
+        for flag, on in (
+            ("--multi-label", data.multi_label),
+            ("--mixup and --cutmix, whose targets belong to several classes", mixes),
+            (f"the {loss} loss", loss != "ce"),
+        )
+        if on
+    ]
     not_refit = without_refit(options)
     rules = (
         # data
@@ -262,6 +273,7 @@ def check_combinations(options: Options) -> None:
         ),
         (loss == "asl" and mixes and not data.multi_label, "--loss asl does not go with --mixup and --cutmix"),
         (loss in ("ce", "jsd") and data.multi_label, f"--multi-label does not go with the {loss} loss"),
+        (for_rare and not_for_rare, f"{_join(for_rare[:1])} does not go with {_join(not_for_rare[:1])}"),
         (options.head.head_init == "data" and data.multi_label, "--head-init data does not go with --multi-label"),
         (options.head.head_refit is not None and not_refit, f"--head-refit does not go with {_join(not_refit[:1])}"),
         (teacher and data.multi_label, "--kd-model-name does not go with --multi-label"),
