@@ -5,7 +5,8 @@ within-class covariance, shrunk to (1 - a) W + a tr(W)/D I, and B the between-cl
 
     μ_k = class mean,  Σ = W⁻¹ / s,  β = the leading direction of B in the Σ-orthonormal frame, β'Σ⁻¹β = 1,
 
-which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). s makes the mean squared distance from
+which is linear discriminant analysis read as a metric (Fisher 1936; Rao 1948). Where no class has two samples the
+covariance of all stands in for W, with a = 0.93 or more. s makes the mean squared distance from
 a feature to a prototype 1, the scale at which a head starts otherwise.
 
 A head on the indicatrix gets the mean of all features as its centre c, the frame A of Σ = A A', and as prototypes the
@@ -29,8 +30,14 @@ from .sharing import check_share, share_prototypes
 from .statistics import HeadStatistics
 
 _DROWNED = 1.05  # squared distances at most 5 % longer than Σ makes them: 2.5 % of the distance
+_SINGLE = 0.93  # shrinkage of the covariance of all images, which has what tells classes apart
 
 _logger = logging.getLogger(__name__)
+
+
+def shrinkage_of(single: bool, shrinkage: float) -> float:
+    """The shrinkage of Σ where each class has a ``single`` image and of the usual case."""
+    return max(shrinkage, _SINGLE) if single else shrinkage
 
 
 @torch.no_grad()
@@ -59,7 +66,9 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     all_mean_D = stats.sums_CD.sum(0) / n
     means_CD, mean_D = all_means_CD[:, : head.parts[0]], all_mean_D[: head.parts[0]]
     spread_CD = (means_CD - mean_D) * (stats.counts_C / n).sqrt()[:, None]  # spread'spread = B
-    degrees = (n - seen_C.sum()).clamp_min(1)
+    single = bool(n == seen_C.sum())  # no class has two images: all of them stand in for those of a class
+    degrees = (n - 1 if single else n - seen_C.sum()).clamp_min(1)
+    shrinkage = shrinkage_of(single, shrinkage)
     total_D = stats.second.diagonal() if stats.second.dim() == 2 else stats.second
     variances_D = total_D / n - mean_D.square()
     if not variances_D.sum() > 1e-12 * (total_D / n).sum():
@@ -67,10 +76,12 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
 
     variance = variances_D.clamp_min(0.0).mean()
     if stats.second.dim() == 2:
-        within = (stats.second - means_CD.t() @ (means_CD * stats.counts_C[:, None])) / degrees
+        around = n * torch.outer(mean_D, mean_D) if single else means_CD.t() @ (means_CD * stats.counts_C[:, None])
+        within = (stats.second - around) / degrees
         pairs = (stats.second / n - torch.outer(mean_D, mean_D)) + spread_CD.t() @ spread_CD
     else:
-        within = ((stats.second - (means_CD.square() * stats.counts_C[:, None]).sum(0)) / degrees).clamp_min(0.0)
+        around = n * mean_D.square() if single else (means_CD.square() * stats.counts_C[:, None]).sum(0)
+        within = ((stats.second - around) / degrees).clamp_min(0.0)
         pairs = variances_D + spread_CD.square().sum(0)
     sigma = _precision(within, shrinkage, 1e-12 * variance)
     if head.is_flat:
@@ -80,9 +91,11 @@ def fit_from_statistics_(head: FAIMHead, stats: HeadStatistics, shrinkage: float
     else:
         _set_frame(head, mean_D, sigma / variance, spread_CD)
         means = all_mean_D.split(head.parts)[1:]
+        if single:
+            stats.add_between()
         for frame, scatter, mean in zip(head.frames, stats.scatters, means, strict=True):
             frame.set_(mean, scatter, shrinkage, degrees)
-    if share and n > seen_C.sum():
+    if share and not single:
         all_means_CD = _shared(head, all_means_CD, all_mean_D, sigma, stats.counts_C, share)
     head.mu[seen_C] = head.embed(all_means_CD)[seen_C].to(head.mu.dtype)
     return head

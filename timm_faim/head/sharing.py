@@ -4,10 +4,12 @@ Shapes: C classes, D features, E features of what is carried along, r = min(C, D
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-10
 _UNIT = 0.01  # of a prototype's mean squared length: the variance along one direction of one image at strength 1
 
 
@@ -52,21 +54,49 @@ def share_prototypes(points_CD: Tensor, counts_C: Tensor, strength: float, carri
     if not check_share(strength):
         return carried_CE
     points, counts = points_CD.double(), counts_C.double()[:, None]
-    seen = counts > 0
     root_C1 = (counts / counts.sum()).sqrt()
     U_Cr, e_r, V_Dr = _singular(root_C1 * points)
-    variance = strength * _UNIT * points.square().sum(1)[seen[:, 0]].mean()
-    signal_Cr = counts * e_r
-    parts_Cr = (points @ V_Dr) * signal_Cr / (signal_Cr + variance)
+    variance = _variance(points.square().sum(1), counts, strength)
+    parts_Cr = (points @ V_Dr) * _kept(counts, e_r, variance)
     directions_rE = (root_C1 * U_Cr / e_r.sqrt()).t() @ carried_CE.double()
-    return torch.where(seen, parts_Cr @ directions_rE, carried_CE.double()).to(carried_CE.dtype)
+    return torch.where(counts > 0, parts_Cr @ directions_rE, carried_CE.double()).to(carried_CE.dtype)
+
+
+def sharing_weights(gram_CC: Tensor, counts_C: Tensor, strengths: Sequence[float]) -> list[Tensor | None]:
+    """The weights [C, C] of those sums for each strength, from products of the class means; None for strength 0."""
+    counts = counts_C.double()[:, None]
+    found: list[Tensor | None] = [None] * len(strengths)
+    if not any(check_share(strength) for strength in strengths):
+        return found
+    gram, root_C1 = gram_CC.double(), (counts / counts.sum()).sqrt()
+    e_r, U_Cr = torch.linalg.eigh(root_C1 * gram * root_C1.t())
+    kept = e_r > _ROUNDING * e_r[-1]
+    e_r, U_Cr = e_r[kept], U_Cr[:, kept]
+    back_Cr = root_C1 * U_Cr / e_r.sqrt()
+    along_Cr = gram @ back_Cr
+    eye_CC = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for i, strength in enumerate(strengths):
+        if strength:
+            share_Cr = _kept(counts, e_r, _variance(gram.diagonal(), counts, strength))
+            found[i] = torch.where(counts > 0, (along_Cr * share_Cr) @ back_Cr.t(), eye_CC).to(gram_CC.dtype)
+    return found
+
+
+def _variance(squares_C: Tensor, counts_C1: Tensor, strength: float) -> Tensor:
+    return strength * _UNIT * squares_C[counts_C1[:, 0] > 0].mean()
+
+
+def _kept(counts_C1: Tensor, e_r: Tensor, variance: Tensor) -> Tensor:
+    """Of each direction, class by class: n_k B / (n_k B + s)."""
+    signal_Cr = counts_C1 * e_r
+    return signal_Cr / (signal_Cr + variance)
 
 
 def _singular(rows_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, squared sizes and V of rows = U sqrt(e) V', by the smaller Gram matrix, an order faster than its own SVD."""
     C, D = rows_CD.shape
     e_r, own = torch.linalg.eigh(rows_CD @ rows_CD.t() if C <= D else rows_CD.t() @ rows_CD)
-    kept = e_r > 1e-10 * e_r[-1]  # below are rounding errors, and the centre's direction
+    kept = e_r > _ROUNDING * e_r[-1]  # below are rounding errors, and the centre's direction
     e_r, own = e_r[kept], own[:, kept]
     other = (rows_CD.t() if C <= D else rows_CD) @ own / e_r.sqrt()
     return (own, e_r, other) if C <= D else (other, e_r, own)

@@ -63,6 +63,12 @@ class HeadStatistics:
         way_KD = means_KD - self.sums_CD[classes] / old_K.clamp_min(1.0)[:, None]
         return (way_KD * (old_K * new_K / (old_K + new_K)).sqrt()[:, None])[old_K > 0]
 
+    def add_between(self) -> None:
+        """Add the scatter of the class means around the mean of all features, class by class of any size."""
+        mean_D = self.sums_CD.sum(0) / self.counts_C.sum()
+        means_CD = self.sums_CD / self.counts_C.clamp_min(1.0)[:, None]
+        self._add_rows(((means_CD - mean_D) * self.counts_C.sqrt()[:, None])[self.counts_C > 0])
+
     def _add_rows(self, rows_ND: Tensor) -> None:
         for scatter, rows in zip(self.scatters, rows_ND[:, self.parts[0] :].split(self.parts[1:], 1), strict=True):
             scatter.add(rows)
