@@ -52,5 +52,5 @@ class Check:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers by name, and whether it was kept."""
-        return asdict(self) | {"kept": self.kept}
+        """Numbers by name."""
+        return asdict(self)
