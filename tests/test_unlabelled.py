@@ -5,14 +5,19 @@ import shutil
 
 import pytest
 import runs
+import timm
 import torch
 from fitted import fit, save_backbone
 from PIL import Image
 from safetensors.torch import load_file
 
+import timm_faim
+from timm_faim.adapt import adapt_, evidence
+from timm_faim.classifier.neighbours import FILE
+from timm_faim.commands import run_command
 from timm_faim.fitting.unlabelled import without
 from timm_faim.run.errors import UserError
-from timm_faim.run.record import record_of
+from timm_faim.run.record import record_of, write_record
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +128,91 @@ def test_copies_and_links_are_the_same_image(data, tmp_path):
     paths = [str(tmp_path / name) for name in ("copy.png", "link.png", "new.png")]
     assert without(paths, [str(first), str(second)]) == paths[2:]
     assert without(paths, []) == paths
+
+
+@pytest.fixture(scope="module")
+def run(data, backbone, tmp_path_factory):
+    return fit(data, tmp_path_factory.mktemp("run"), backbone)
+
+
+def predict(*argv):
+    runs.fresh_accelerator()
+    run_command("predict", [str(word) for word in (*argv, "--workers", "0", "--device", "cpu", "--unknown", "0")])
+
+
+def probabilities(path):
+    return [row["top"][0]["probability"] for row in map(json.loads, path.read_text().splitlines())]
+
+
+def copied(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("keeps_points", [True, False])
+def test_predictions_are_those_of_the_head_that_followed(keeps_points, run, data, tmp_path, capsys):
+    folder = copied(run, tmp_path)
+    if not keeps_points:
+        (folder / FILE).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    predict(data / "val", "--model", folder, "--adapt", "-o", tmp_path / "a.jsonl", "--batch-size", 5)
+    assert "adapted to" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    classifier = timm_faim.load(folder, device="cpu")
+    paths = [row["file"] for row in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())]
+    images = torch.stack([classifier.transform(Image.open(path).convert("RGB")) for path in paths])
+    _, points = classifier.points(images)
+    counts = torch.tensor([6.0, 6.0, 6.0])
+    if keeps_points:
+        labels = torch.tensor(
+            [["bird", "cat", "dog"].index(name.split("/")[-2]) for name in classifier.gallery().names]
+        )
+        counts = evidence(classifier.head, classifier.gallery().points_ND, labels)
+    adapt_(classifier.head, counts, points.half(), least=classifier.calibration.reject[0.05])
+    wanted = classifier.logits(images).softmax(1).amax(1)
+    torch.testing.assert_close(torch.tensor(probabilities(tmp_path / "a.jsonl")), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_images_of_no_class_move_nothing(run, tmp_path, capsys):
+    write_record(
+        copied(run, tmp_path) / "config.json", calibration=record(run)["calibration"] | {"reject": {"0.05": 1e6}}
+    )
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 20, 60)).save(tmp_path / f"{i}.png")
+    for name, words in {"plain": (), "adapted": ("--adapt",)}.items():
+        predict(tmp_path / "0.png", tmp_path / "1.png", tmp_path / "2.png", "--model", tmp_path / "copy",
+                "-o", tmp_path / f"{name}.jsonl", *words)  # fmt: skip
+    assert "not adapted: 0 of 3 images" in capsys.readouterr().err
+    assert probabilities(tmp_path / "plain.jsonl") == probabilities(tmp_path / "adapted.jsonl")
+
+
+def test_unreadable_images_are_left_out_of_it(run, data, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    predict(tmp_path / "broken.png", data / "val" / "cat", "--model", run, "--adapt", "-o", tmp_path / "a.csv")
+    said = capsys.readouterr().err
+    assert "of 6 images" in said and "1 cannot be read" in said
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
+        predict(tmp_path / "broken.png", "--model", run, "--adapt", "-o", tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("case", ["exported", "uncalibrated", "uncounted", "linear"])
+def test_models_that_cannot_follow_are_refused(case, run, data, tmp_path):
+    folder = copied(run, tmp_path)
+    says = {
+        "exported": "is an exported file",
+        "uncalibrated": "calibrated model",
+        "uncounted": "how many training images",
+    }
+    if case == "exported":
+        folder = tmp_path / "model.ts"
+        run_command("export", [str(run), "--output", str(folder)])
+    if case == "uncalibrated":
+        write_record(folder / "config.json", calibration=None)
+    if case == "uncounted":
+        write_record(folder / "config.json", images=None)
+    if case == "linear":
+        model = timm.create_model("test_resnet", num_classes=3)
+        timm.models.save_for_hf(model, folder, model_config={"num_classes": 3}, safe_serialization=True)
+    with pytest.raises(UserError, match=says.get(case, "one FAIM head")):
+        predict(data / "val", "--model", folder, "--adapt")
