@@ -68,7 +68,7 @@ def tim(case, z_UD: Tensor) -> Tensor:
     """Mutual information of the unlabelled images with cross entropy of the labelled ones (Boudiaf et al. 2020): 150
     steps of Adam on the prototypes, weights 1 of the entropy of the mean, 0.1 of the mean entropy, 0.1 of labels, as
     theirs; the logits' scale is the head's calibrated one."""
-    scale, weight = 16.0 / case.T, F.normalize(case.head.mu, dim=1).clone().requires_grad_(True)
+    scale, weight = 16.0 / case.T, F.normalize(case.head.mu.detach(), dim=1).requires_grad_(True)
     optimiser = torch.optim.Adam([weight], lr=1e-3)
     for _ in range(150):
         log_p = _logits(z_UD, weight, scale).log_softmax(1)
@@ -114,9 +114,8 @@ def logistic(case, z_UD: Tensor) -> Tensor:
     return _logistic(case.z, case.y, torch.ones(len(case.y)), case.classes)(z_UD)
 
 
-PEERS = {
-    "label propagation": label_propagation,
-    "LaplacianShot": laplacian_shot,
+PEERS = {"label propagation": label_propagation, "LaplacianShot": laplacian_shot}
+SLOW = {  # on the mean alone
     "TIM": tim,
     "logistic regression, without": logistic,
     "logistic regression, self-trained": self_training,
