@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy/unlabelled.py --weights FILE --data NAME=DIR ...
 
-Heads are fitted to 1, 2, 3, 5 and all images of each class, three cuts each (one of all). "Same images": all
+Heads are fitted to 1, 3, 5 and all images of each class, three cuts each (one of all). "Same images": all
 validation images are given without labels, and are what is measured. "Other images": a half is given, the other
 half measured. The guard is that of `timm-faim fit`, and decides by training images that are held out, or by a
 quarter of the validation images, which are then neither given nor measured. Images of another data set stand for
@@ -24,7 +24,7 @@ from settings import LITE0
 from tables import show
 from torch import Tensor
 from unknown_scores import Parts, fitted_head, joined
-from unlabelled_peers import PEERS, SLOW, hub_corrected
+from unlabelled_peers import PEERS, SLOW, cosines, hub_corrected
 from unlabelled_tables import report
 
 from timm_faim import FAIMHead
@@ -35,103 +35,108 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import headline
 
 KINDS = {"mean": ("mean",), "moments": ("mean", "moments")}
-SHOTS = (1, 2, 3, 5, None)
+SHOTS = (1, 3, 5, None)
 DRAWINGS = ("omniglot242",)
 FOREIGN = 500  # images of another data set
 
 
 class Case:
-    """A fitted head, its temperature and threshold from held-out training images, and how to move it."""
+    """A fitted head, its temperature and threshold from held-out training images, and how to move it.
 
-    def __init__(self, x: Tensor, y: Tensor, widths: list[int], classes: int) -> None:
-        self.x, self.y, self.widths, self.classes = x, y, widths, classes
+    ``pool`` [U, D] has all images that may be given, by their numbers.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, widths: list[int], classes: int, pool: Tensor) -> None:
+        self.y, self.classes, self.pool = y, classes, pool
         self.head = fitted_head(x, widths, y, classes)
-        self.z = self.embed(self.head, x)
-        self.fold = lookalike_folds(self.z, y)
+        self.z, self.points = embed(self.head, x), embed(self.head, pool)
         self.T, self.least, self.held = 1.0, -torch.inf, None
-        self.heads: list[tuple[FAIMHead, Tensor]] = []
-        for k in self.fold[self.fold >= 0].unique():
-            held = self.fold == k
-            self.heads.append((fitted_head(x[~held], widths, y[~held], classes), held))
-        if self.heads:
-            logits = torch.cat([head(x[held]) for head, held in self.heads])
-            self.targets = torch.cat([y[held] for _, held in self.heads])
-            self.T = fit_temperature(logits, self.targets, doubt=1.0)
-            self.least = threshold(known_score(logits / self.T), 0.05)
-            self.held = logits
+        fold, self.folds = lookalike_folds(self.z, y), []
+        for k in fold[fold >= 0].unique():
+            held = fold == k
+            head = fitted_head(x[~held], widths, y[~held], classes)
+            self.folds.append((head, embed(head, x[~held]), y[~held], x[held], embed(head, pool)))
+        if self.folds:
+            self.held = torch.cat([head(held) for head, _, _, held, _ in self.folds])
+            self.targets = torch.cat([y[fold == k] for k in fold[fold >= 0].unique()])
+            self.calibrate(self.held, self.targets)
 
-    @staticmethod
-    def embed(head: FAIMHead, x: Tensor) -> Tensor:
-        return torch.cat([head.embed(each) for each in x.split(1024)])
+    def calibrate(self, logits: Tensor, y: Tensor) -> None:
+        """Temperature, and the least score of what is known, from held-out images."""
+        self.T = fit_temperature(logits, y, doubt=1.0)
+        self.least = threshold(known_score(logits / self.T), 0.05)
 
     def follow(self, given: Tensor, **options) -> tuple[FAIMHead, int]:
-        """The head after unlabelled features [U, D]."""
-        return self._follow(self.head, self.z, self.y, given, **options)
+        """The head after unlabelled images of these numbers, and how many it used."""
+        return self._follow(self.head, self.z, self.y, self.points[given], **options)
 
-    def _follow(self, head: FAIMHead, z: Tensor, y: Tensor, given: Tensor, **options) -> tuple[FAIMHead, int]:
+    def _follow(self, head: FAIMHead, z: Tensor, y: Tensor, points: Tensor, **options) -> tuple[FAIMHead, int]:
         head = copy.deepcopy(head)
         options = {"temperature": self.T, "least": self.least} | options
-        return head, adapt_(head, evidence(head, z, y), self.embed(head, given), **options)
+        return head, adapt_(head, evidence(head, z, y), points, **options)
 
     def check(self, given: Tensor) -> Check | None:
         """By training images that are held out; None where none can be."""
         if self.held is None:
             return None
-        after = []
-        for head, held in self.heads:
-            z = self.embed(head, self.x[~held])
-            after.append(self._follow(head, z, self.y[~held], given)[0](self.x[held]))
-        return Check.of(self.held, torch.cat(after), self.targets)
+        moved = [(self._follow(head, z, y, points[given])[0], held) for head, z, y, held, points in self.folds]
+        return Check.of(self.held, torch.cat([head(held) for head, held in moved]), self.targets)
 
 
-def right(logits: Tensor, y: Tensor) -> float:
+def embed(head: FAIMHead, x: Tensor) -> Tensor:
+    return torch.cat([head.embed(each) for each in x.split(1024)])
+
+
+def right(scores: Tensor, y: Tensor) -> float:
     """Top-1 in per cent."""
-    return 100.0 * (logits.argmax(1) == y).double().mean().item()
+    return 100.0 * (scores.argmax(1) == y).double().mean().item()
 
 
 def summary(check: Check | None) -> list[float] | None:
     return None if check is None else [check.before, check.after, check.error]
 
 
-def same_images(case: Case, x: Tensor, y: Tensor, slow: bool) -> dict[str, float]:
-    """Top-1 on the images that are given."""
-    head, z = case.head, case.embed(case.head, x)
+def same_images(case: Case, y: Tensor, slow: bool) -> dict[str, float]:
+    """Top-1 on the images that are given, which are the first of the pool."""
+    given = torch.arange(len(y))
+    head, z = case.head, case.points[given]
     counts = torch.bincount(y, minlength=case.classes).float().clamp_min(0.5)
     trained = torch.bincount(case.y, minlength=case.classes).float()
-    moved, _ = case.follow(x)
-    found = {"without": head(x), "EM": moved(x), "EM of all, known or not": case.follow(x, least=-torch.inf)[0](x)}
-    found["hub"] = hub_corrected(head, z)
-    found["EM and hub"] = hub_corrected(moved, z)
-    found["EM, one step"] = case.follow(x, steps=1)[0](x)
-    found["EM, training proportions"] = case.follow(x, proportions=trained)[0](x)
-    found["EM, true proportions"] = case.follow(x, proportions=counts)[0](x)
+    moved, _ = case.follow(given)
+    found = {"without": cosines(head, z), "EM": cosines(moved, z)}
+    found["EM of all, known or not"] = cosines(case.follow(given, least=-torch.inf)[0], z)
+    found["hub"], found["EM and hub"] = hub_corrected(head, z), hub_corrected(moved, z)
+    found["EM, training proportions"] = cosines(case.follow(given, proportions=trained)[0], z)
+    found["EM, true proportions"] = cosines(case.follow(given, proportions=counts)[0], z)
     found |= {name: peer(case, z) for name, peer in (PEERS | (SLOW if slow else {})).items()}
-    return {name: right(logits, y) for name, logits in found.items()}
+    return {name: right(scores, y) for name, scores in found.items()}
 
 
-def other_images(case: Case, x: Tensor, y: Tensor, foreign: Tensor, seed: int) -> dict[str, dict]:
+def other_images(case: Case, y: Tensor, seed: int) -> dict[str, dict]:
     """By folder that is given: top-1 without and with it on images that are not given, and the checks."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     given, judge, test = order.split([len(y) // 2, len(y) // 4, len(y) - len(y) // 2 - len(y) // 4])
     few = torch.randperm(case.classes, generator=torch.Generator().manual_seed(seed))[: case.classes // 5]
+    foreign = torch.arange(len(y), len(case.pool))
     folders = {
-        "half": x[given],
-        "a fifth of the classes": x[given][torch.isin(y[given], few)],
+        "half": given,
+        "a fifth of the classes": given[torch.isin(y[given], few)],
         "something else": foreign,
-        "half and something else": torch.cat([x[given], foreign]),
+        "half and something else": torch.cat([given, foreign]),
     }
-    found = {}
-    before, of_judge = case.head(x[test]), case.head(x[judge])
+    found, of_judge = {}, case.head(case.pool[judge])
+    if case.held is None:
+        case.calibrate(of_judge, y[judge])
     for name, folder in folders.items():
         moved, used = case.follow(folder)
-        check = Check.of(of_judge, moved(x[judge]), y[judge])
+        blind, _ = case.follow(folder, least=-torch.inf)
         found[name] = {
-            "without": right(before, y[test]),
-            "with": right(moved(x[test]), y[test]),
-            "all": right(case.follow(folder, least=-torch.inf)[0](x[test]), y[test]),
+            "without": right(cosines(case.head, case.points[test]), y[test]),
+            "with": right(cosines(moved, case.points[test]), y[test]),
+            "all": right(cosines(blind, case.points[test]), y[test]),
             "used": used / len(folder),
             "check": summary(case.check(folder)),
-            "validation": summary(check),
+            "validation": summary(Check.of(of_judge, moved(case.pool[judge]), y[judge])),
         }
     return found
 
@@ -166,11 +171,10 @@ def run(log: Log, data: dict[str, Frozen], cuts: int) -> None:
                     names = KINDS[kind]
                     if log.find(configs[kind], seed):
                         continue
-                    case = Case(joined(seen, names), y, [seen[n].shape[1] for n in names], int(y.max()) + 1)
-                    x = joined(val, names)
-                    same = same_images(case, x, y_val, slow=kind == "mean")
-                    others = other_images(case, x, y_val, joined(foreign, names), seed)
-                    log.add(configs[kind], seed, T=case.T, same=same, other=others, check=summary(case.check(x)))
+                    pool = torch.cat([joined(val, names), joined(foreign, names)])
+                    case = Case(joined(seen, names), y, [seen[n].shape[1] for n in names], int(y.max()) + 1, pool)
+                    same, check = same_images(case, y_val, kind == "mean"), case.check(torch.arange(len(y_val)))
+                    log.add(configs[kind], seed, same=same, other=other_images(case, y_val, seed), check=summary(check))
                     print(f"{configs[kind]} {seed}: {time.time() - began:.0f} s", flush=True)
 
 

@@ -44,7 +44,7 @@ def _same(rows: list[dict]) -> list[str]:
     settings = list(dict.fromkeys(map(_setting, rows)))
     lines = [
         "Top-1 in % on the images that are given, mean over cuts; the last columns are paired differences in "
-        "points, with the 95 % interval over cuts: from the head without them, and of EM from the row.",
+        "points, with the 95 % interval over settings and cuts: from the head without them, and of EM from the row.",
         "",
     ]
     lines += _head(["method", *settings, "mean", "- without", "EM -"])
