@@ -16,7 +16,7 @@ FLOORS = [
     {"moments"},
     {"head", "block"},
     {"losses", "models", "calibration"},
-    {"estimator"},
+    {"estimator", "adapt"},
     {""},
     {"run"},
     {"images"},

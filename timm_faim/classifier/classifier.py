@@ -25,6 +25,7 @@ from timm_faim.head.tap import Tap, pooled
 from timm_faim.images.pixels import mode_of, read_image
 from timm_faim.run.errors import UserError
 from timm_faim.run.opening import open_model
+from timm_faim.run.record import images_of
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 RATE = 0.05  # of known images that may be called unknown, where nobody says
@@ -43,7 +44,8 @@ class Classifier:
         folder: of the run, if there is one.
 
     Attributes: the same, ``transform`` (a PIL image to a tensor [channels, H, W]), ``calibration`` (None of a model
-    that was never calibrated) and ``head``, the FAIM head if the model has exactly one.
+    that was never calibrated), ``images``, the training images of each class (None: not known), and ``head``, the FAIM
+    head if the model has exactly one.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Classifier:
         self.transform = create_transform(**data_config, is_training=False)
         saved = record.get("calibration")
         self.calibration = Calibration.from_json(saved) if saved else None
+        self.images = images_of(record, len(self.names))
         heads = faim_heads(model)
         self.head = next(iter(heads.values())) if len(heads) == 1 else None
 

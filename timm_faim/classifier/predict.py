@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from timm_faim.classifier.adapted import adapt_to_images, check_adaptable
 from timm_faim.classifier.classifier import Classifier, ExportedModel, load
 from timm_faim.classifier.gallery_page import write_gallery
 from timm_faim.classifier.neighbours import Gallery
@@ -57,15 +58,22 @@ def predict(args: argparse.Namespace) -> None:
     if args.neighbours and classifier.head is None:
         raise UserError("--neighbours needs a model with one FAIM head. Leave it out")
     gallery = classifier.gallery() if args.neighbours else None
+    if args.adapt:
+        check_adaptable(classifier)
 
     journal = None
     if args.output is not None and state.is_main_process:
         settings = {key: str(getattr(args, key)) for key in ("model", "top", "unknown", "set", "neighbours", "amp")}
+        settings |= {"adapt": hashlib.sha256(repr(paths).encode()).hexdigest()} if args.adapt else {}
         journal = Journal(args.output, settings | {"classifier": _digest(classifier)})
         if journal.rows:
             print(f"going on after {len(journal.rows)} images of an earlier run", file=sys.stderr)
     done = broadcast_object_list([{row["file"] for row in journal.rows} if journal else set()])[0]
     left = [path for path in paths if path not in done]
+    if args.adapt:
+        note = adapt_to_images(classifier, paths, args.batch_size, args.workers, state)
+        if state.is_main_process:
+            print(note, file=sys.stderr)
     made = rows_of(left, classifier, judge, gallery, args.batch_size, args.workers, state, args.neighbours)
     started, rows = time.perf_counter(), list(journal.rows) if journal else []
     with tqdm(total=len(left), desc="images", unit="image", leave=False, disable=None if journal else True) as bar:

@@ -2,6 +2,7 @@
 
 timm-faim fit DIR --model faim_tf_efficientnet_lite0 --faim-cfg moments=True     # DIR/train/CLASS/*.jpg, DIR/val/...
 timm-faim fit DIR --model output/RUN            # other classes under the backbone of a run
+timm-faim fit DIR --unlabelled PHOTOS           # images without labels move the prototypes, if held-out images agree
 timm-faim fit DIR --val-fraction 0.1            # DIR/CLASS/*.jpg: every tenth image is held out in turn
 
 The run folder is that of a training, with evaluation and report. Features are kept on disk: the next fit of the same
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
     add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
         help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
+    add("--unlabelled", type=Path, metavar="DIR", help="also learn from the images in this folder, at any depth, which "
+        "have no labels; kept unless held-out images get worse; assumes that most of them are of these classes, in "
+        "about these proportions")  # fmt: skip
+    add("--proportions", choices=("free", "training"), default="free", help="of the classes among the unlabelled "
+        "images: not told, or those of the training images, which harms where it is wrong (default: free)")  # fmt: skip
     add_run(parser)
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: the user's cache folder)")
     add("--no-cache", action="store_true", help="keep no features")

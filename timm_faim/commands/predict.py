@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also the classes that hold the right one so often: 0.9, 0.95 or 0.99")  # fmt: skip
     add("--neighbours", type=whole(0, 1000), default=0, metavar="K",
         help="nearest training images, where the run kept them (default: 0)")  # fmt: skip
+    add("--adapt", action="store_true", help="first move the prototypes to where these images put them, for this time "
+        "alone; assumes that most of them are of these classes, in about these proportions")  # fmt: skip
     add_reading(parser, skips=False)
     add("--device", metavar="NAME", help="default: a GPU where there is one, else cpu")
     add("--amp", action="store_true", help="run the model in bfloat16 autocast")

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,11 @@ from timm.utils import random_seed
 
 from timm_faim import FAIMHead
 from timm_faim.calibration import FOLDS, apply_temperature_, calibrate, lookalike_folds
-from timm_faim.data import cache_dir
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
 from timm_faim.fitting.saving import Fitted, save_run
-from timm_faim.fitting.store import Features, key_of
+from timm_faim.fitting.store import Features, place
+from timm_faim.fitting.unlabelled import follow_unlabelled, unlabelled_store
 from timm_faim.images.checked import CheckedImages, reader_of
 from timm_faim.images.datasets import TrainingData, open_datasets
 from timm_faim.report.evaluation import Evaluation
@@ -106,13 +105,15 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
             folder = Path(broadcast_object_list([str(folder)])[0])  # a temporary one is that of the main process
             started = time.perf_counter()
             ran = extract(model, loaders, folder, accelerator)
-            if is_main:
-                features = {split: Features(folder, split) for split in datasets}
-                seconds = time.perf_counter() - started
-                count, how = sum(map(len, features.values())), "computed" if ran else "found in the cache"
-                log(f"features of {count} images {how} in {seconds:.1f} s")
-                fitted = _fit_head(args, model, head, data, features, log)
-            accelerator.wait_for_everyone()
+            seconds = time.perf_counter() - started
+            with unlabelled_store(args, options, model, data_config, datasets, accelerator) as other:
+                if is_main:
+                    features = {split: Features(folder, split) for split in datasets}
+                    count, how = sum(map(len, features.values())), "computed" if ran else "found in the cache"
+                    log(f"features of {count} images {how} in {seconds:.1f} s")
+                    features |= {} if other is None else {"unlabelled": Features(other, "unlabelled")}
+                    fitted = _fit_head(args, model, head, data, features, log)
+                accelerator.wait_for_everyone()
         if is_main:
             save_run(args, options, fitted, data, data_config, loaders, run_folder, log)
             log(f"saved: {run_folder}\nclassify images: timm-faim predict IMAGES --model {run_folder}")
@@ -148,15 +149,13 @@ def _store_folder(
 ) -> Iterator[Path]:
     """Where the features are: in the cache, or for this fit alone."""
     readers = [reader_of(dataset) for dataset in datasets.values()]
-    if args.no_cache or not all(isinstance(reader, ReaderImageFolder) for reader in readers):
-        with tempfile.TemporaryDirectory(prefix="features-") as folder:
-            yield Path(folder, "store")
-        return
-    files = [path for reader in readers for path, _ in reader.samples]
-    settings = data_config | {"amp": args.amp, "splits": [len(reader.samples) for reader in readers]}
-    settings |= {"skip": args.skip_unreadable, "classes": [k for r in readers for _, k in r.samples]}
-    settings |= {"model": [model.pretrained_cfg.get("architecture"), model._model_args]}
-    yield (args.cache or cache_dir() / "features") / key_of(model, settings, files)
+    files, settings = None, data_config | {"amp": args.amp, "skip": args.skip_unreadable}
+    if all(isinstance(reader, ReaderImageFolder) for reader in readers):
+        files = [path for reader in readers for path, _ in reader.samples]
+        settings |= {"splits": [len(r.samples) for r in readers], "classes": [k for r in readers for _, k in r.samples]}
+        settings |= {"model": [model.pretrained_cfg.get("architecture"), model._model_args]}
+    with place(args, model, settings, files) as folder:
+        yield folder
 
 
 def _fit_head(
@@ -174,7 +173,7 @@ def _fit_head(
         missing = few([data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)])
         raise UserError(f"no readable training image of {missing}. Add images, or remove the class")
     fit_head(head, train, args.shrinkage)
-    points = points_of(head, train)
+    points, fold, unlabelled = points_of(head, train), None, None
     if "val" in features:
         val = features["val"]
         if not len(val):
@@ -186,6 +185,9 @@ def _fit_head(
         logits, chosen = held_out_logits(head, train, args.shrinkage, fold)
         target, places, source = train.target[chosen], train.place[chosen], "cross-fitted training images"
         log(f"{len(target)} training images held out in turn, in {count} folds; the saved head is fitted to all")
+    if "unlabelled" in features:
+        y = torch.from_numpy(target)
+        logits, unlabelled = follow_unlabelled(head, features, args, fold, logits, y, log)
     calibration, evaluation = None, None
     if len(target):
         calibration = calibrate(logits, torch.from_numpy(target), source)
@@ -194,4 +196,4 @@ def _fit_head(
         evaluation.index[:] = places
         log(calibration_line(calibration))
     log(f"fitted to {len(train)} images of {data.num_classes} classes in {time.perf_counter() - started:.1f} s")
-    return Fitted(model, counts.tolist(), points, train.place, calibration, evaluation)
+    return Fitted(model, counts.tolist(), points, train.place, calibration, evaluation, unlabelled)

@@ -47,7 +47,7 @@ def extract(model: nn.Module, loaders: Mapping[str, Any], folder: Path, accelera
     """See to it that a store holds what the head of the model gets of all images; a collective call.
 
     Second moments that nothing has fitted yet are, from the first training images; those of the store come back into
-    the model.
+    the model. Without a split "train" they have been.
 
     Args:
         model: on its device; its one FAIM head is left as it is.
@@ -76,7 +76,7 @@ def _write(model: nn.Module, loaders: Mapping[str, Any], folder: Path, accelerat
     temporary = Path(broadcast_object_list([made])[0])
     try:
         try:
-            fit_moments_(model, loaders["train"], lambda images: model(images.to(accelerator.device)))
+            fit_moments_(model, loaders.get("train", ()), lambda images: model(images.to(accelerator.device)))
         except ValueError as e:
             raise UserError(f"the second moments cannot be fitted: {e}") from e
         splits = {split: _write_split(model, loader, temporary, split, accelerator)

@@ -4,6 +4,7 @@ Shapes: N images, C classes, D features.
 """
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -46,7 +47,11 @@ def points_of(head: FAIMHead, features: Features) -> Tensor:
 
 
 def held_out_logits(
-    head: FAIMHead, features: Features, shrinkage: float, fold: np.ndarray
+    head: FAIMHead,
+    features: Features,
+    shrinkage: float,
+    fold: np.ndarray,
+    then: Callable[[FAIMHead, np.ndarray], object] | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Logits [M, C] of the images that some fold holds out, from a head fitted to the others, and their numbers [M].
 
@@ -55,12 +60,16 @@ def held_out_logits(
         features: of N images.
         shrinkage: as the head was fitted with.
         fold: [N], -1 where none holds the image out.
+        then: changes a head that is fitted to the images of these numbers, in place.
 
     Returns:
         M is 0 where no image can be held out, as where each class has a single one.
     """
     logits = torch.empty(len(features), head.num_classes)
     for k in np.unique(fold[fold >= 0]):
-        other = fit_head(copy.deepcopy(head), features, shrinkage, np.flatnonzero(fold != k))
+        chosen = np.flatnonzero(fold != k)
+        other = fit_head(copy.deepcopy(head), features, shrinkage, chosen)
+        if then is not None:
+            then(other, chosen)
         logits[torch.from_numpy(fold == k)] = logits_of(other, features, np.flatnonzero(fold == k))
     return logits[torch.from_numpy(fold >= 0)], np.flatnonzero(fold >= 0)

@@ -29,7 +29,8 @@ _KEPT = 2**30  # bytes of training points that a run keeps
 @dataclass(frozen=True)
 class Fitted:
     """A model with its head fitted and calibrated, the training images of each class, their points [N, D] and places
-    [N] in the data set, and what was measured on images that the head is not fitted to (None where there were none)."""
+    [N] in the data set, what was measured on images that the head is not fitted to (None where there were none), and
+    what unlabelled images did (None without them)."""
 
     model: nn.Module
     images: list[int]
@@ -37,6 +38,7 @@ class Fitted:
     places: np.ndarray
     calibration: Calibration | None
     evaluation: Evaluation | None
+    unlabelled: dict[str, Any] | None = None
 
 
 def save_run(
@@ -64,6 +66,8 @@ def save_run(
     model, calibration, evaluation = fitted.model, fitted.calibration, fitted.evaluation
     save_recipe(as_recipe(options), folder / "args.yaml")
     record: dict[str, Any] = {"images": fitted.images, "fit": {"shrinkage": args.shrinkage}}
+    if fitted.unlabelled is not None:
+        record["fit"]["unlabelled"] = fitted.unlabelled
     if calibration is not None:
         record["calibration"] = calibration.to_json()
     names, order = data.label_names, data.class_order

@@ -6,11 +6,14 @@ written under a temporary name and renamed when it is whole.
 Shapes: N images, D features.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from timm_faim import faim_heads
+from timm_faim.data import cache_dir
 from timm_faim.moments import Moments
 from timm_faim.run.files import rename
 from timm_faim.run.weights import hash_tensors
@@ -129,6 +133,19 @@ def fitted_before_heads(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(moments, Moments)
         for key, tensor in moments.state_dict().items()
     }
+
+
+@contextmanager
+def place(
+    args: argparse.Namespace, model: nn.Module, settings: Mapping[str, Any], files: Sequence[str] | None
+) -> Iterator[Path]:
+    """The folder of a store: in the cache that the options name, or for this time alone, with --no-cache or where the
+    images are no files."""
+    if args.no_cache or files is None:
+        with tempfile.TemporaryDirectory(prefix="features-") as folder:
+            yield Path(folder, "store")
+        return
+    yield (args.cache or cache_dir() / "features") / key_of(model, settings, files)
 
 
 def key_of(model: nn.Module, settings: Mapping[str, Any], files: Iterable[str]) -> str:
