@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
     add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
         help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
-    add_run(parser)
+    add_run(parser, chooses=True)
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: the user's cache folder)")
     add("--no-cache", action="store_true", help="keep no features")
     add("--no-neighbours", action="store_true", help="keep no points of training images for predict --neighbours")

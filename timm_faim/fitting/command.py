@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from timm_faim.calibration import FOLDS, apply_temperature_, calibrate, lookalik
 from timm_faim.data import cache_dir
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
+from timm_faim.fitting.inputs import kept_trial
 from timm_faim.fitting.saving import Fitted, save_run
 from timm_faim.fitting.store import Features, key_of
 from timm_faim.images.checked import CheckedImages, reader_of
@@ -34,6 +36,7 @@ from timm_faim.run.lock import LOCK, lock_run_folder, release_locks
 from timm_faim.run.weights import saved_config
 from timm_faim.training.args import is_faim, parse_args
 from timm_faim.training.data import build_clean_loader
+from timm_faim.training.inputs import choose_crop
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.model import build_data_config, build_model, input_channels
 from timm_faim.training.options import Options
@@ -63,6 +66,8 @@ def _words(args: argparse.Namespace) -> list[str]:
     if has_val and args.val_fraction is not None:
         raise UserError(f"--val-fraction {args.val_fraction:g} holds out training images, and {root} has validation "
                         "images. Leave it out")  # fmt: skip
+    if args.crop_mode == "model":
+        args.crop_mode = None
     model = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
     if not is_faim(model):
         raise UserError(f"--model {model} has no FAIM head. Use --model faim_{model}")
@@ -94,6 +99,7 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
             raise UserError(f"the name of class folder {name!r} is no valid UTF-8. Rename it")
     model = build_model(options, data.num_classes).to(accelerator.device).eval()
     head = only_head(model)
+    choose_crop(options, model, data, accelerator, log, partial(kept_trial, args.cache, args.no_cache))
     data_config = build_data_config(options.input, model)
     datasets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
     for dataset in datasets.values():
