@@ -91,7 +91,7 @@ def choose_crop(
     log(f"input: {crop} ({why})")
     taken = {"crop_mode": crop.mode, "crop_pct": crop.pct}
     vars(options.input).update(taken)
-    if crop.mode == "squash" and options.augmentation.train_crop_mode is None:
+    if crop.mode == "squash" and options.augmentation.no_aug and options.augmentation.train_crop_mode is None:
         options.augmentation.train_crop_mode = taken["train_crop_mode"] = "squash"
     return taken
 
