@@ -98,6 +98,7 @@ def test_one_image_a_class_keeps_the_models_own(backbone, tmp_path, capsys):
 def test_one_class(backbone, tmp_path, capsys):
     images = runs.make_images(tmp_path / "data", classes=("ant",), train=3, val=2)
     assert saved(fit(images, tmp_path, backbone, "--crop-mode", "auto"))[0] == "center"
+    assert "input: center 0.95 (there is one class)" in capsys.readouterr().out
 
 
 def test_an_unreadable_image_is_an_error_or_left_out(backbone, tmp_path, capsys):

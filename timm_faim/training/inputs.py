@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_faim import FAIMHead, faim_heads, fit_
@@ -31,7 +31,8 @@ from timm_faim.run.gather import gather_rows, raise_together
 from timm_faim.training.model import AUTO, build_data_config
 from timm_faim.training.options import Options
 
-MOST, LEAST = 2000, 5  # images looked at, and of a class where the classes are too many
+MOST, LEAST = 1000, 5  # images looked at, and of a class where the classes are too many
+_NONE_HELD_OUT = "nothing can be held out: no class has two images that differ"
 _FOR_MOMENTS = 512  # pictures that the projection of second moments is fitted to
 
 
@@ -78,16 +79,15 @@ def choose_crop(
     options.input.crop_mode = None
     config = build_data_config(options.input, model)
     own = Crop(config["crop_mode"], config["crop_pct"])
-    trial, crop, why = _trial_of(data, config, pct_given), own, "the data do not tell the classes of their images"
-    if trial is not None:
-        why = "it makes no difference to these images"
-        if len(trial.crops) > 1:
-            with torch.random.fork_rng(devices=[]):  # what follows starts as where nothing is chosen
-                right_KM = (run or run_trial)(trial, options, model, data, accelerator)
-            why = "nothing can be held out: no class has two images that differ"
-            if right_KM.shape[1]:
-                crop = trial.crops[best_of(right_KM)]
-                why = _shares(trial.crops, right_KM)
+    trial, crop, why = None, own, _obstacle(data)
+    if not why:
+        trial, why = _trial_of(data, config, pct_given), "it makes no difference to these images"
+    if trial is not None and len(trial.crops) > 1:
+        with torch.random.fork_rng(devices=[]):  # what follows starts as where nothing is chosen
+            right_KM = (run or run_trial)(trial, options, model, data, accelerator)
+        why = _NONE_HELD_OUT
+        if right_KM.shape[1]:
+            crop, why = trial.crops[best_of(right_KM)], _shares(trial.crops, right_KM)
     log(f"input: {crop} ({why})")
     taken = {"crop_mode": crop.mode, "crop_pct": crop.pct}
     vars(options.input).update(taken)
@@ -96,16 +96,21 @@ def choose_crop(
     return taken
 
 
-def _trial_of(data: TrainingData, config: dict[str, Any], pct_given: bool) -> Trial | None:
+def _obstacle(data: TrainingData) -> str:
+    """Why nothing can be chosen by the training images; empty where they can be looked at."""
     target = targets_of(data.train)
     if target is None or len(target) != len(data.train):
-        return None
-    target_N = np.asarray(target)
+        return "the data do not tell the classes of their images"
+    _, counts = np.unique(target, return_counts=True)
+    return "there is one class" if len(counts) < 2 else _NONE_HELD_OUT if counts.max() < 2 else ""
+
+
+def _trial_of(data: TrainingData, config: dict[str, Any], pct_given: bool) -> Trial:
+    target_N = np.asarray(targets_of(data.train))
     chosen = spread_sample(target_N, MOST, LEAST)
+    target = np.unique(target_N[chosen], return_inverse=True)[1]
     modes_matter = not have_shape(data.train, chosen, *config["input_size"][1:])
-    return Trial(
-        chosen, np.unique(target_N[chosen], return_inverse=True)[1], crops_of(config, modes_matter, pct_given), config
-    )
+    return Trial(chosen, target, crops_of(config, modes_matter, pct_given), config)
 
 
 def _shares(crops: list[Crop], right_KM: np.ndarray) -> str:
@@ -156,7 +161,8 @@ def _features(
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(images.transforms)
     mine = torch.arange(rank, len(images), world)
     size = max(1, (options.run.validation_batch_size or options.run.batch_size) // count)
-    loader = DataLoader(torch.utils.data.Subset(images, mine.tolist()), size, num_workers=options.data.workers)
+    workers = min(options.data.workers, -(-len(mine) // size))
+    loader = DataLoader(Subset(images, mine.tolist()), size, num_workers=workers)
     dtype = getattr(torch, options.device.model_dtype or "float32")
 
     def forward(pictures: Tensor) -> None:
@@ -218,13 +224,12 @@ def _width(layer: nn.Module) -> int:
 def held_out(x_NKD: Tensor, target_N: Tensor, layer: nn.Module) -> np.ndarray:
     """[K, M]; images that look alike in all crops together are held out together."""
     count, width = x_NKD.shape[1:]
-    classes = int(target_N.max()) + 1 if len(target_N) else 0
-    if classes < 2:
+    if len(target_N.unique()) < 2:  # of what can be read
         return np.empty((count, 0), bool)
     options: dict[str, Any] = {}
     if isinstance(layer, FAIMHead) and len(layer.parts) > 1:
         options = {"parts": layer.parts, "part_weights": layer.weights_init, "rank": layer.frames[0].rank}
-    probe = FAIMHead(width, classes, **options, device=x_NKD.device).eval()
+    probe = FAIMHead(width, int(target_N.max()) + 1, **options, device=x_NKD.device).eval()
     with torch.no_grad():
         points = [fit_(probe, [(x_ND, target_N)]).embed(x_ND) for x_ND in x_NKD.unbind(1)]
     fold_N = lookalike_folds(torch.cat(points, 1), target_N)
