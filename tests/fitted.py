@@ -27,6 +27,6 @@ def fit(data: Path, output: Path, backbone: Path, *argv: object, experiment: str
     """One fit; its run folder."""
     runs.fresh_accelerator()
     words = ["--output", output, "--experiment", experiment, "--model", model, "--pretrained-path", backbone]
-    words += ["--cache", output / "cache", *QUICK, *argv]
+    words += ["--cache", output / "cache", *QUICK, "--crop-mode", "model", *argv]
     run_command("fit", [str(word) for word in (data, *words)])
     return output / experiment

@@ -34,6 +34,7 @@ from timm_faim.training.epochs import train_epochs
 from timm_faim.training.features import cache_features, only_classifier
 from timm_faim.training.fits import build_refit, fit_heads_to, starts_from_data
 from timm_faim.training.freeze import apply_freeze
+from timm_faim.training.inputs import choose_crop
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
 from timm_faim.training.loss import build_criterion, build_mixup
@@ -42,7 +43,7 @@ from timm_faim.training.optimiser import build_optimizer, build_scheduler, learn
 from timm_faim.training.options import ONE_LAUNCH, Options, as_recipe
 from timm_faim.training.plan import dry_run
 from timm_faim.training.rare_classes import class_counts
-from timm_faim.training.resume import open_run_folder
+from timm_faim.training.resume import chosen_before, open_run_folder
 from timm_faim.training.sampling import TrainingOrder
 from timm_faim.training.state import Checkpointer
 
@@ -80,6 +81,8 @@ def train_with(options: Options) -> None:
         options.augmentation.epoch_repeats,
     )
     model = build_model(options, None if options.run.eval_only and options.model.pretrained else data.num_classes)
+    requested |= chosen_before(options, requested, accelerator)
+    requested |= choose_crop(options, model.to(accelerator.device), data, accelerator, log)
     data_config = build_data_config(options.input, model)
     train_loader, val_loader = build_loaders(options, data, data_config, accelerator)
     model = sync_batch_norm(options.device, model, accelerator).to(accelerator.device)

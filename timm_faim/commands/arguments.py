@@ -15,13 +15,20 @@ def add_reading(parser: argparse.ArgumentParser, skips: bool = True) -> None:
         add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Options of a training that commands in front of it take too: input, images, precision and where the run goes."""
-    add = parser.add_argument
+def add_run(parser: argparse.ArgumentParser, chooses: bool = False) -> None:
+    """Options of a training that commands in front of it take too: input, images, precision and where the run goes.
+
+    Args:
+        parser: of the command.
+        chooses: --crop-mode has auto, the default, and model.
+    """
+    add, also = parser.add_argument, ("auto", "model") if chooses else ()
     add("--img-size", type=whole(1, 8192), metavar="N", help="height and width in pixels (default: the model's)")
     add("--crop-pct", type=Number(float, 0.05, 2), metavar="P", help="share of the resized image that is seen")
-    add("--crop-mode", choices=("center", "squash", "border"), help="what is seen of an image that is no square: its "
-        "centre, all of it squashed, or all of it with a border (default: the model's)")  # fmt: skip
+    add("--crop-mode", choices=(*also, "center", "squash", "border"), default="auto" if chooses else None,
+        help="what is seen of an image that is no square: its centre, all of it squashed, or all of it with a border "
+        + ("(default: auto, chosen on training images, with --crop-pct; model: the model's)" if chooses else
+           "(default: the model's)"))  # fmt: skip
     add("--class-map", metavar="FILE", help="the classes in order, one a line")
     add_reading(parser)
     add("--amp", action="store_true", help="run the model in bfloat16 autocast")

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "about these proportions")  # fmt: skip
     add("--proportions", choices=("free", "training"), default="free", help="of the classes among the unlabelled "
         "images: not told, or those of the training images, which harms where it is wrong (default: free)")  # fmt: skip
-    add_run(parser)
+    add_run(parser, chooses=True)
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: the user's cache folder)")
     add("--no-cache", action="store_true", help="keep no features")
     add("--no-neighbours", action="store_true", help="keep no points of training images for predict --neighbours")

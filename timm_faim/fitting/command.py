@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from timm_faim import FAIMHead
 from timm_faim.calibration import FOLDS, apply_temperature_, calibrate, lookalike_folds
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
+from timm_faim.fitting.inputs import kept_trial
 from timm_faim.fitting.saving import Fitted, save_run
 from timm_faim.fitting.store import Features, place
 from timm_faim.fitting.unlabelled import follow_unlabelled, unlabelled_store
@@ -33,6 +35,7 @@ from timm_faim.run.lock import LOCK, lock_run_folder, release_locks
 from timm_faim.run.weights import saved_config
 from timm_faim.training.args import is_faim, parse_args
 from timm_faim.training.data import build_clean_loader
+from timm_faim.training.inputs import choose_crop
 from timm_faim.training.launch import build_accelerator
 from timm_faim.training.model import build_data_config, build_model, input_channels
 from timm_faim.training.options import Options
@@ -62,6 +65,8 @@ def _words(args: argparse.Namespace) -> list[str]:
     if has_val and args.val_fraction is not None:
         raise UserError(f"--val-fraction {args.val_fraction:g} holds out training images, and {root} has validation "
                         "images. Leave it out")  # fmt: skip
+    if args.crop_mode == "model":
+        args.crop_mode = None
     model = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
     if not is_faim(model):
         raise UserError(f"--model {model} has no FAIM head. Use --model faim_{model}")
@@ -93,6 +98,7 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
             raise UserError(f"the name of class folder {name!r} is no valid UTF-8. Rename it")
     model = build_model(options, data.num_classes).to(accelerator.device).eval()
     head = only_head(model)
+    choose_crop(options, model, data, accelerator, log, partial(kept_trial, args.cache, args.no_cache))
     data_config = build_data_config(options.input, model)
     datasets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
     for dataset in datasets.values():

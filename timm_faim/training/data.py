@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import AugMixDataset, create_loader
+from timm.data import AugMixDataset, RandomResizedCropAndInterpolation, create_loader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
@@ -34,7 +34,8 @@ class AugmentationOptions:
 
     no_aug: bool = flag("resize and crop only (--affine still applies)")
     train_crop_mode: str | None = option(
-        "random crop (default: rrc, random resized crop)", choices=("rrc", "rkrc", "rkrr")
+        "random crop (default: rrc, random resized crop; squash: the same of the image squashed to a square)",
+        choices=("rrc", "rkrc", "rkrr", "squash"),
     )
     scale: list[float] = option("share of area kept by crop", [0.08, 1.0], above(0, 1), ("MIN", "MAX"), nargs=2)
     ratio: list[float] = option("aspect ratio of the crop", [3 / 4, 4 / 3], above(0, 100), ("MIN", "MAX"), nargs=2)
@@ -105,7 +106,7 @@ def build_loaders(
         batch_size=options.run.batch_size,
         is_training=True,
         no_aug=augmentation.no_aug,
-        train_crop_mode=augmentation.train_crop_mode,
+        train_crop_mode=None if augmentation.train_crop_mode == "squash" else augmentation.train_crop_mode,
         scale=augmentation.scale,
         ratio=augmentation.ratio,
         hflip=augmentation.hflip,
@@ -132,6 +133,9 @@ def build_loaders(
             f"--batch-size {options.run.batch_size} is larger than the training data "
             f"({len(data.train)} images{each}). Choose a smaller --batch-size"
         )
+    if augmentation.train_crop_mode == "squash":
+        steps = train.dataset.transform.transforms
+        steps[0] = _squashed(steps[0], data_config["input_size"][1:])
     if augmentation.affine:
         grey = augmentation.affine_fill
         fill = [255 * m for m in data_config["mean"]] if grey is None else [grey]
@@ -141,6 +145,24 @@ def build_loaders(
     if data.val is None:
         return train, None
     return train, build_clean_loader(options, data.val, data_config, accelerator)
+
+
+class SquashedCrop(RandomResizedCropAndInterpolation):
+    """timm's random resized crop as of the image squashed to a square: `ratio` is relative to that of its sides."""
+
+    def get_params(self, img: Any, scale: Sequence[float], ratio: Sequence[float]) -> Any:
+        """Top, left, height and width of a crop."""
+        width, height = img.size
+        return super().get_params(img, scale, [r * width / height for r in ratio])
+
+
+def _squashed(first: Any, size: Sequence[int]) -> Any:
+    """The first of timm's training transforms, a random resized crop or under --no-aug a resize, of squashed images."""
+    if isinstance(first, RandomResizedCropAndInterpolation):
+        crop = SquashedCrop(first.size, first.scale, first.ratio)
+        crop.interpolation = first.interpolation
+        return crop
+    return transforms.Resize(list(size), first.interpolation)
 
 
 def build_fit_loader(

@@ -24,6 +24,7 @@ from timm_faim.training.loss import loss_name
 if TYPE_CHECKING:
     from timm_faim.training.options import Options
 
+AUTO = "auto"  # of --crop-mode: chosen before the training
 # Options that are arguments of timm's models by another name; None stays the model's own default.
 ARGUMENTS = {
     "gp": "global_pool",
@@ -114,8 +115,9 @@ class InputOptions:
     input_size: list[int] | None = option("channels, height and width", None, whole(1, 8192), ("C", "H", "W"), nargs=3)
     crop_pct: float | None = option("share of the resized image kept in validation", None, real(0.05, 2), "P")
     crop_mode: str | None = option(
-        "of a validation image that is no square: its centre, all of it squashed, or all of it with a border",
-        choices=("center", "squash", "border"),
+        "of a validation image that is no square: its centre, all of it squashed, or all of it with a border; auto: "
+        "what suits the training images under the pretrained backbone best, with --crop-pct",
+        choices=(AUTO, "center", "squash", "border"),
     )
     mean: list[float] | None = option("mean of the pixels, per channel, in 0..1", None, SHARE, "M", nargs="+")
     std: list[float] | None = option(

@@ -22,11 +22,15 @@ from timm_faim.training.checkpoints import (
     is_checkpoint,
     layout_of,
 )
+from timm_faim.training.model import AUTO
 from timm_faim.training.options import GROUPS, ONE_LAUNCH, Options
 from timm_faim.training.removed import REMOVED
 
 # Options that may differ between the parts of one run.
 _RUNTIME = {"config", *ONE_LAUNCH, *marked(GROUPS.values(), "runtime")}
+
+
+CHOSEN = ("crop_mode", "crop_pct", "train_crop_mode")  # options that --crop-mode auto sets
 
 
 def open_run_folder(
@@ -116,6 +120,24 @@ def _choose_folder(options: Options, requested: dict[str, Any], img_size: int, e
         return check_writable(unfinished[0])
     log(f"--resume auto: no unfinished run with these options in {output}; starting anew")
     return create_run_folder(output, "", model, img_size)
+
+
+def chosen_before(options: Options, requested: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """What an earlier part of the run that --resume auto goes on with has chosen for --crop-mode auto, put into the
+    options as well; empty where there is none. A collective call."""
+    if options.checkpoints.resume != "auto" or options.input.crop_mode != AUTO:
+        return {}
+    found: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        name = options.run.experiment  # such a run goes on whatever else has changed
+        runs = sorted(path.parent for path in Path(options.run.output).glob(f"{name or '*'}/args.yaml"))
+        runs = [run for run in runs if name or _changes(run, requested).keys() <= set(CHOSEN)]
+        before = read_yaml(runs[0] / "args.yaml") if runs else None
+        found = {key: before[key] for key in CHOSEN if key in before} if isinstance(before, dict) else {}
+    (found,) = broadcast_object_list([found])
+    for group in (options.input, options.augmentation):
+        vars(group).update((key, value) for key, value in found.items() if key in vars(group))
+    return found
 
 
 def _checkpoint_of(resume: str) -> Path | None:

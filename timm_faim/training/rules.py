@@ -12,7 +12,7 @@ from timm_faim.images.splits import DataOptions
 from timm_faim.run.errors import UserError, did_you_mean
 from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.loss import loss_name, mixes_images
-from timm_faim.training.model import InputOptions
+from timm_faim.training.model import AUTO, InputOptions
 from timm_faim.training.options import Options
 from timm_faim.training.rare_classes import asked
 
@@ -199,6 +199,7 @@ def check_combinations(options: Options) -> None:
         if on
     ]
     not_refit = without_refit(options)
+    chooses, own = options.input.crop_mode == AUTO, options.model
     rules = (
         # data
         (
@@ -241,6 +242,12 @@ def check_combinations(options: Options) -> None:
         (
             not data.val_split and schedule.sched == "plateau",
             "--sched plateau follows the validation: give --val-split or choose another --sched",
+        ),
+        (chooses and run.eval_only, "--crop-mode auto chooses before a training: leave it out with --eval-only"),
+        (chooses and data.multi_label, "--crop-mode auto does not go with --multi-label"),
+        (
+            chooses and not (own.pretrained or own.pretrained_path or own.initial_checkpoint),
+            "--crop-mode auto looks through a pretrained backbone: give --pretrained or --pretrained-path",
         ),
         # mixing and splitting
         (
