@@ -14,6 +14,7 @@ from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.loss import loss_name, mixes_images
 from timm_faim.training.model import InputOptions
 from timm_faim.training.options import Options
+from timm_faim.training.start import AUTO
 
 STREAMED = ("hfids", "wds", "tfds")  # types of --dataset that can only be read from the beginning
 WITH_FIELDS = ("hfds", *STREAMED)  # types of --dataset whose samples have named fields
@@ -187,7 +188,7 @@ def check_combinations(options: Options) -> None:
         )
         if on
     ]
-    not_refit = without_refit(options)
+    not_refit, near, model = without_refit(options), options.start.flags, options.model
     rules = (
         # data
         (
@@ -288,6 +289,21 @@ def check_combinations(options: Options) -> None:
         ),
         (learning.cache_views and not learning.cache_features, "--cache-views needs --cache-features"),
         (learning.cache_features and uncached, f"--cache-features does not go with {_join(uncached[:1])}"),
+        # staying near the start
+        (
+            near and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
+            f"{_join(near[:1])} stays near the weights of the start, and those of --model {model.model} are random. "
+            "Give --pretrained, or leave it out",
+        ),
+        (
+            near and learning.head_only,
+            f"{_join(near[:1])} is for a backbone that trains, and --head-only does not train it. Choose one",
+        ),
+        (near and device.fsdp, f"{_join(near[:1])} does not work under --fsdp. Leave one of them out"),
+        (
+            options.start.wise_ft == AUTO and not data.val_split,
+            "--wise-ft auto chooses on the validation images: give --val-split, or a number",
+        ),
         # precision and processes
         (
             device.amp and device.model_dtype not in (None, "float32"),
