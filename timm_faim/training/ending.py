@@ -30,26 +30,25 @@ def end_weights(run: Training, validated: dict[str, Any], val_loader: Any, log: 
         return validated
     model, before = unwrap_model(run.evaluated), _said(run, validated, "; before: ")
     end = floating(model) if shares else {}
-    found: list[tuple[float, dict[str, Any]]] = []
-    best: dict[str, Tensor] = {}
+    kept: tuple[float, dict[str, Any], dict[str, Tensor]] | None = None
     for share in shares or (1.0,):
+        done = []
         if shares:
             set_(model, averaged(run.start.tensors, end, share, _as_trained(run, model)))
-            log(f"weights averaged, {share:g} of the end and {1 - share:g} of the start{before}")
-        is_refitted = run.refit is not None and _is_refitted(run, log)
-        if is_refitted:
-            log("heads refitted in closed form" + ("" if shares else before))
-        if (shares or is_refitted) and val_loader is not None:
+            done.append(f"weights averaged, {share:g} of the end and {1 - share:g} of the start")
+        if run.refit is not None and _is_refitted(run, log):
+            done.append("heads refitted in closed form")
+        if done and val_loader is not None:
             validated = validate(run, val_loader)
-        if len(shares) > 1:
-            log(_said(run, validated, "  "))
-            if not found or _is_better(run, validated, found[-1][1]):
-                found.append((share, validated))
-                best = floating(model)
-    if found:
-        set_(model, best)
-        log(f"kept: {found[-1][0]:g} of the end{_said(run, found[-1][1], ', ')}")
-        return found[-1][1]
+        if done:
+            log(", ".join(done) + (_said(run, validated, ": ") if len(shares) > 1 else before))
+        if len(shares) < 2:
+            return validated
+        if kept is None or _is_better(run, validated, kept[1]):
+            kept = share, validated, floating(model)
+    share, validated, tensors = kept
+    set_(model, tensors)
+    log(f"kept: {share:g} of the end{_said(run, validated, ', ')}{before}")
     return validated
 
 
