@@ -68,10 +68,10 @@ class Section:
         complete = len(found) == len(settings) and all(found)
         return mean(top1[measure] for top1 in found) if complete else float("-inf")
 
-    def share(self, method: str) -> Way:
-        """The plain run at WiSE-FT's share for a head, or at its end, chosen on the held-out quarter by the score."""
-        points = [p for v, p in self.ways[method] if v == PLAIN and (p == "end" or p.startswith("wise")) and p != AGAIN]
-        return PLAIN, max(points, key=lambda p: sum(self.held_out(method, (PLAIN, p), m)
+    def share(self, method: str, variant: str = PLAIN) -> Way:
+        """A variant at WiSE-FT's share for a head, or at its end, chosen on the held-out quarter by the score."""
+        points = [p for v, p in self.ways[method] if v == variant and p.startswith(("end", "wise")) and p != AGAIN]
+        return variant, max(points, key=lambda p: sum(self.held_out(method, (variant, p), m)
                                                       for m in ("trained", self.refit)))  # fmt: skip
 
     def chosen(self, method: str, setting: str | None = None) -> tuple[Way, str]:
@@ -125,6 +125,10 @@ class Section:
         ways = {variant: (variant, "end") for variant in self.hows[method]}
         ways |= {"start, no training": (PLAIN, "start"), "EMA": (PLAIN, "ema"), "WiSE-FT": self.share(method)}
         ways |= {"LP-FT + WiSE-FT, the same share": ("LP-FT", self.share(method)[1])}
+        ways |= {
+            "frozen norms + WiSE-FT": self.share(method, "frozen norms"),
+            "frozen norms + EMA": ("frozen norms", "ema"),
+        }
         return ways | {f"{TOGETHER} + EMA": (TOGETHER, "ema"), f"{TOGETHER}, wise 0.75": (TOGETHER, "wise 0.75")}
 
     def _earned(self) -> list[str]:
