@@ -116,6 +116,16 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(run_of, weights, tmp_pat
     assert all(torch.equal(start[name], tensor) for name, tensor in load_file(whole / FILE).items())
 
 
+def test_frozen_norms_keep_statistics_and_weights_while_the_rest_learns(run_of):
+    run = run_of("--freeze-norms", "--wise-ft", "0.5")
+    start, got = load_file(run / FILE), last(run)
+    norms = {name.removesuffix("running_mean") for name in start if name.endswith("running_mean")}
+    of_norms = {name for name in start if name.rpartition(".")[0] + "." in norms}
+    changed = {name for name in start if not torch.equal(start[name], got[name])}
+    assert len(of_norms) == 4 * len(norms) > 0 and not changed & of_norms
+    assert {name for name in start if name.endswith("weight")} - of_norms <= changed
+
+
 def test_a_damaged_start_is_told(run_of, tmp_path):
     run_of("--wise-ft", "0.5", "--stop-epoch", "1", output=tmp_path)
     (tmp_path / "run" / FILE).write_bytes(b"no weights")
@@ -140,11 +150,9 @@ def test_the_end_is_exact():
         ("--wise-ft nan", "--wise-ft must be auto or a number > 0 and <= 1, got nan"),
         ("--wise-ft best", "--wise-ft must be auto or a number > 0 and <= 1, got best"),
         ("--l2-sp 1.5", "--l2-sp must be a number in 0..1, got 1.5"),
-        (
-            "--l2-sp 0.1 --no-pretrained",
-            "--l2-sp stays near the weights of the start, and those of --model .* are random",
-        ),
-        ("--wise-ft 0.5 --no-pretrained", "--wise-ft stays near the weights of the start"),
+        ("--l2-sp 0.1 --no-pretrained", "--l2-sp keeps weights near their start, and those of --model .* are random"),
+        ("--freeze-norms --no-pretrained", "--freeze-norms keeps weights near their start"),
+        ("--wise-ft 0.5 --no-pretrained", "--wise-ft keeps weights near their start"),
         ("--wise-ft 0.5 --head-only", "--wise-ft is for a backbone that trains"),
         ("--l2-sp 0.1 --fsdp", "--l2-sp does not work under --fsdp"),
         ("--wise-ft auto --val-split=", "--wise-ft auto chooses on the validation images"),

@@ -291,9 +291,10 @@ def check_combinations(options: Options) -> None:
         (learning.cache_features and uncached, f"--cache-features does not go with {_join(uncached[:1])}"),
         # staying near the start
         (
-            near and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
-            f"{_join(near[:1])} stays near the weights of the start, and those of --model {model.model} are random. "
-            "Give --pretrained, or leave it out",
+            (kept := [*near, *["--freeze-norms"] * learning.freeze_norms])
+            and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
+            f"{_join(kept[:1])} keeps weights near their start, and those of --model {model.model} are random. Give "
+            "--pretrained, or leave it out",
         ),
         (
             near and learning.head_only,
