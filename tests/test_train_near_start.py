@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import yaml
 from fitted import save_backbone
-from runs import make_images, read_summary, train_tiny
+from runs import TINY, make_images, read_summary, train, train_tiny
 from safetensors.torch import load_file
 from test_train_faults import same_run
 
@@ -131,6 +132,18 @@ def test_a_damaged_start_is_told(run_of, tmp_path):
     (tmp_path / "run" / FILE).write_bytes(b"no weights")
     with pytest.raises(UserError, match="start.safetensors does not hold the start of this run"):
         run_of("--wise-ft", "0.5", "--resume", "auto", output=tmp_path)
+
+
+def test_a_run_from_before_these_options_is_found_again(images, tmp_path):
+    words = ["--data-dir", images, "--output", tmp_path, "--model", "faim_test_resnet", *TINY]
+    train(*words, "--stop-epoch", "1")
+    (run,) = tmp_path.iterdir()
+    recipe = yaml.safe_load((run / "args.yaml").read_text())
+    older = {key: value for key, value in recipe.items() if key not in ("l2_sp", "freeze_norms")}
+    (run / "args.yaml").write_text(yaml.safe_dump(older))
+    train(*words, "--resume", "auto")
+    assert len(older) == len(recipe) - 2 and list(tmp_path.iterdir()) == [run]
+    assert [row["epoch"] for row in read_summary(run)] == ["1", "2"]
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for(run_of):
