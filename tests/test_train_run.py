@@ -22,7 +22,7 @@ from timm_faim import faim_heads
 from timm_faim.report import plots
 from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import UserError
-from timm_faim.training import epochs, loop, tasks
+from timm_faim.training import ending, epochs, loop, tasks
 from timm_faim.training.args import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def test_weights_that_break_in_the_last_step_are_not_saved(images, tmp_path, mon
     def bad_evaluation(*_, **__):
         return {"loss": float("nan"), "top1": 0.0, "top5": 0.0, "samples": 7}
 
-    monkeypatch.setattr(epochs, "evaluate", bad_evaluation)
+    monkeypatch.setattr(ending, "evaluate", bad_evaluation)
     with pytest.raises(UserError, match="validation loss is nan after epoch 1"):
         train_tiny(images, tmp_path)
     assert not list((tmp_path / "run").glob("*.safetensors"))

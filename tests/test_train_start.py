@@ -11,7 +11,7 @@ from timm_faim.run.finished import FINISHED
 from timm_faim.run.summary import append_summary, cut_summary
 from timm_faim.run.summary import read_summary as rows_of
 from timm_faim.run.weights import BEST
-from timm_faim.training import epochs, finish
+from timm_faim.training import ending, epochs, finish
 from timm_faim.training.args import parse_args
 from timm_faim.training.checkpoints import FOLDER
 from timm_faim.training.state import Progress, _read_progress
@@ -40,7 +40,7 @@ def test_a_run_of_no_epochs_fits_evaluates_and_saves(images, tmp_path, capsys):
 
 def test_a_start_that_no_epoch_betters_is_the_best(images, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(epochs, "evaluate", lambda *_, **__: {"loss": next(losses)})
+    monkeypatch.setattr(ending, "evaluate", lambda *_, **__: {"loss": next(losses)})
     run = train_tiny(images, tmp_path, *START, "--eval-metric", "loss", "--checkpoint-hist", "2")
     best, start = (load_file(run / name) for name in (BEST, "top/epoch_0000.safetensors"))
     assert all(torch.equal(best[name], start[name]) for name in best)

@@ -45,6 +45,7 @@ from timm_faim.training.plan import dry_run
 from timm_faim.training.rare_classes import class_counts
 from timm_faim.training.resume import chosen_before, open_run_folder
 from timm_faim.training.sampling import TrainingOrder
+from timm_faim.training.start import Pull, StartWeights
 from timm_faim.training.state import Checkpointer
 
 
@@ -122,6 +123,7 @@ def train_with(options: Options) -> None:
     scheduler, epochs = build_scheduler(options.schedule, options.run, optimizer, -(-len(order) // accum))
     if options.run.model_ema:  # a copy of the bare model: `prepare` below patches its forward and may wrap it
         task.setup_ema(decay=options.run.model_ema_decay, use_warmup=options.run.model_ema_warmup)
+    start = StartWeights(part) if options.start.flags else None
     wrap_repeated_blocks(accelerator, task.get_trainable_module())
     trainable = task.get_trainable_module()
     task.trainable_module, optimizer = accelerator.prepare(trainable, optimizer)
@@ -140,6 +142,8 @@ def train_with(options: Options) -> None:
         mixup=build_mixup(options.mixing, options.loss, options.data, data.num_classes),
         frozen=frozen,
         starts_fitted=starts_fitted,
+        start=start,
+        pull=Pull(options.start.l2_sp, optimizer, part, start) if options.start.l2_sp else None,
     )
     if options.head.head_refit is not None and faim_heads(model):
         run.refit = build_refit(clean_images(), options.head.head_refit, epochs)
@@ -149,6 +153,8 @@ def train_with(options: Options) -> None:
     run.run_folder, checkpoint = open_run_folder(
         options, requested, accelerator, data_config["input_size"][-1], epochs, len(data.train), log
     )
+    if start is not None:
+        start.keep_in(run.run_folder, checkpoint is not None, is_main)
     layout = {
         "processes": world,
         "batch_size": options.run.batch_size,

@@ -40,15 +40,24 @@ VARIANTS: dict[str, list[How]] = {
     "LP-FT": [{"probe": True, "rate": rate} for rate in (1.0, 0.3, 0.1)],
     "L2-SP": [{"pull": pull} for pull in (1e-3, 1e-2, 1e-1)],
     "layer decay": [{"layer_decay": decay} for decay in (0.65, 0.8, 0.9)],
-    "frozen norms": [{"norms": "frozen"}],
+    "frozen norms": [
+        {"norms": "frozen", "rate": 1.0},
+        {"norms": "frozen", "rate": 0.3},
+        {"norms": "frozen", "layer_decay": 0.8},
+        {"norms": "frozen", "pull": 0.01},
+        {"probe": True, "norms": "frozen", "rate": 1.0},
+    ],
 }
 
 
 def hows(method: str, variant: str) -> list[How]:
     """Strengths of a variant: FAIM's closed form is its probe, so that LP-FT at the full rate is its plain run."""
-    if variant == "LP-FT" and method == FAIM:
-        return [{} if how["rate"] == 1.0 else {"rate": how["rate"]} for how in VARIANTS[variant]]
-    return [{}] if variant == PLAIN else VARIANTS[variant]
+    if variant == PLAIN:
+        return [{}]
+    if method != FAIM:
+        return VARIANTS[variant]
+    without = [{k: v for k, v in how.items() if k != "probe"} for how in VARIANTS[variant]]
+    return [{} if how == {"rate": 1.0} else how for how in without]
 
 
 def score(record: dict[str, Any], point: str = "end") -> float:
@@ -99,14 +108,15 @@ def configurations(args: argparse.Namespace, features: str, seeds: Sequence[int]
     searches = {method: Search(records, method, features) for method in args.methods}
     configs = []
     for seed, setting, method in product([0] if seeds is None else [None, *seeds], args.settings, args.methods):
-        if seeds is None:  # the search: averages of the plain run alone, which choose their share for all
-            wanted = [({}, True), *((how, False) for variant in VARIANTS for how in hows(method, variant))]
+        averaged = (PLAIN, "LP-FT", "frozen norms", TOGETHER)
+        if seeds is None:  # averages of those that choose a share
+            search = (PLAIN, *VARIANTS)
+            wanted = [(how, v in (PLAIN, "frozen norms")) for v in search for how in hows(method, v)]
         elif not searches[method].settings:
             continue
         elif seed is None:  # what the search chose, on the held-out quarter as well
             wanted = [(searches[method].chosen(TOGETHER), True)]
         else:
-            averaged = (PLAIN, "LP-FT", TOGETHER)
             wanted = [(searches[method].chosen(v), v in averaged) for v in (PLAIN, TOGETHER, *VARIANTS)]
         base = studied[setting, method]
         extra = {"seed": seed or 0, "selection": not seeds or seed is None}

@@ -59,24 +59,35 @@ class Section:
                 row = {"top1": value / 100, "ece": None if ece is None else ece / 100}
                 self.runs[name(method, (variant, point), measure)][cell] = row
 
-    def held_out(self, method: str, way: Way, measure: str) -> float:
-        """Top-1 on the held-out quarter, mean over the settings of the search; -inf for what has not been run there."""
+    def held_out(self, method: str, way: Way, measure: str, setting: str | None = None) -> float:
+        """Top-1 on the held-out quarter of a setting, or the mean over those of the search; -inf for what has not been
+        run there."""
         search, how = self.searches[method], str(self.hows[method][way[0]])
-        found = [search.found[s, how]["top1"].get(way[1]) for s in search.settings if (s, how) in search.found]
-        complete = len(found) == len(search.settings) and all(found)
+        settings = [setting] if setting else search.settings
+        found = [search.found[s, how]["top1"].get(way[1]) for s in settings if (s, how) in search.found]
+        complete = len(found) == len(settings) and all(found)
         return mean(top1[measure] for top1 in found) if complete else float("-inf")
 
-    def share(self, method: str) -> Way:
-        """The plain run at WiSE-FT's share for a head, or at its end, chosen on the held-out quarter by the score."""
-        points = [p for v, p in self.ways[method] if v == PLAIN and (p == "end" or p.startswith("wise")) and p != AGAIN]
-        return PLAIN, max(points, key=lambda p: sum(self.held_out(method, (PLAIN, p), m)
+    def share(self, method: str, variant: str = PLAIN) -> Way:
+        """A variant at WiSE-FT's share for a head, or at its end, chosen on the held-out quarter by the score."""
+        points = [p for v, p in self.ways[method] if v == variant and p.startswith(("end", "wise")) and p != AGAIN]
+        return variant, max(points, key=lambda p: sum(self.held_out(method, (variant, p), m)
                                                       for m in ("trained", self.refit)))  # fmt: skip
 
-    def chosen(self, method: str) -> tuple[Way, str]:
-        """Variant, point and measure that did best on the held-out quarter."""
+    def chosen(self, method: str, setting: str | None = None) -> tuple[Way, str]:
+        """Variant, point and measure that did best on the held-out quarter of a setting, or on average."""
         every = [(way, measure) for way, measures in self.ways[method].items() for measure in measures
                  if way[1] not in ("start", AGAIN)]  # fmt: skip
-        return max(every, key=lambda each: self.held_out(method, *each))
+        return max(every, key=lambda each: self.held_out(method, *each, setting))
+
+    def add_own_choice(self, method: str) -> str:
+        """Name of a head with what did best on each setting's own held-out quarter, which is added to the runs."""
+        title = f"{method}: chosen by each setting"
+        for s in self.searches[method].settings:
+            of = name(method, *self.chosen(method, s))
+            setting = setting_of(s)
+            self.runs[title] |= {cell: row for cell, row in self.runs[of].items() if cell[0] == setting}
+        return title
 
     def top(self, method: str) -> str:
         """The name of what was best on the validation images, picked after the fact."""
@@ -114,6 +125,10 @@ class Section:
         ways = {variant: (variant, "end") for variant in self.hows[method]}
         ways |= {"start, no training": (PLAIN, "start"), "EMA": (PLAIN, "ema"), "WiSE-FT": self.share(method)}
         ways |= {"LP-FT + WiSE-FT, the same share": ("LP-FT", self.share(method)[1])}
+        ways |= {
+            "frozen norms + WiSE-FT": self.share(method, "frozen norms"),
+            "frozen norms + EMA": ("frozen norms", "ema"),
+        }
         return ways | {f"{TOGETHER} + EMA": (TOGETHER, "ema"), f"{TOGETHER}, wise 0.75": (TOGETHER, "wise 0.75")}
 
     def _earned(self) -> list[str]:
@@ -141,17 +156,23 @@ class Section:
             return []
         chosen = {m: name(m, *self.chosen(m)) for m in self.hows}
         top = {m: self.top(m) for m in self.hows}
+        own = {m: self.add_own_choice(m) for m in self.hows}
         lines = ["", "### FAIM against its peers", ""]
         lines += ["Each head with the way and the measure that did best for it on the held-out quarter:", ""]
         lines += table({each: self.runs[each] for each in chosen.values()}, "top1", self.settings)
         lines += ["", *rows(self.runs, [(chosen[FAIM], chosen[m]) for m in peers], self.settings)]
+        lines += ["", "Each with what did best on the held-out quarter of each setting by itself:", ""]
+        lines += table({each: self.runs[each] for each in own.values()}, "top1", self.settings)
+        lines += ["", *rows(self.runs, [(own[FAIM], own[m]) for m in peers], self.settings)]
         lines += ["", "Each with the way and the measure that were best afterwards, on the validation images:", ""]
         lines += table({each: self.runs[each] for each in top.values()}, "top1", self.settings)
         lines += ["", *rows(self.runs, [(top[FAIM], top[m]) for m in peers], self.settings)]
         best = max((top[m] for m in peers), key=lambda each: overall(self.runs, each, self.settings))
         plain = name(FAIM, (PLAIN, "end"), self.refit)
         lines += ["", "Against the best of all peers, picked afterwards in its favour:", "", *DIFFERENCES]
-        return lines + [difference(self.runs, each, best, self.settings) for each in (plain, chosen[FAIM], top[FAIM])]
+        return lines + [
+            difference(self.runs, each, best, self.settings) for each in (plain, chosen[FAIM], own[FAIM], top[FAIM])
+        ]
 
 
 def name(method: str, way: Way, measure: str) -> str:
@@ -162,9 +183,12 @@ def text(how: How) -> str:
     return ", ".join(f"{k} {v}" if not isinstance(v, bool) else k for k, v in how.items()) or "as plain"
 
 
+def setting_of(key: str) -> Setting:
+    return SETTINGS[key].data, str(SETTINGS[key].shots or "all"), ""
+
+
 def cell_of(record: dict[str, Any]) -> tuple[Setting, int]:
-    setting = SETTINGS[record["setting"]]
-    return (setting.data, str(setting.shots or "all"), ""), record["seed"]
+    return setting_of(record["setting"]), record["seed"]
 
 
 def write(records: list[dict[str, Any]], command: str, output: Path | None) -> None:

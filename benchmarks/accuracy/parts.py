@@ -3,6 +3,7 @@
 Shapes: B images, c channels of a map, d components, D features of all parts.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -76,7 +77,7 @@ class Covariance(nn.Module):
 
 
 @torch.no_grad()
-def settle_(model: nn.Module, batches: list[Tensor]) -> None:
+def settle_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Running statistics of a network from scratch, so that its features in eval mode are those of training."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -124,7 +124,7 @@ class TunedRun(Run):
                 found[point] = super().measure()
         if not self.how:
             with self._at(points["wise 0.5"], end):
-                settle_(self.model, list(self._views()))
+                settle_(self.model, self._views())
                 found["wise 0.5, batch norms again"] = super().measure()
         return {value: {point: each[value] for point, each in found.items()} for value in ("top1", "ece")}
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from timm_faim.run.errors import UserError
 
 Group = TypeVar("Group")
+AUTO = "auto"  # of options that the data may choose
 MANY = 1_000_000  # epochs, updates, images: more than any run has, little enough to count to
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from timm.utils import distribute_bn
 
 from timm_faim.report.plots import draw_learning_curve, has_matplotlib
-from timm_faim.report.predictions import evaluate
 from timm_faim.run.errors import UserError
 from timm_faim.run.summary import append_summary, cut_summary, epoch_line, head_metrics, read_summary, validation_line
 from timm_faim.run.weights import keep_best_epochs, save_weights
 from timm_faim.training.data import count_unreadable
+from timm_faim.training.ending import chosen_metric, end_weights, validate
 from timm_faim.training.loop import Training, check_weights, train_one_epoch
 from timm_faim.training.optimiser import learning_rates
 from timm_faim.training.state import Progress
@@ -63,7 +63,7 @@ def train_epochs(run: Training, val_loader: Any, image_loaders: Sequence[Any], e
 
 def finish_start(run: Training, val_loader: Any, log: Callable) -> None:
     """Evaluate heads in closed form before any training, and keep them as epoch 0."""
-    validated = {} if val_loader is None else _validate(run, val_loader)
+    validated = {} if val_loader is None else validate(run, val_loader)
     if not math.isfinite(validated.get("loss", 0.0)):
         raise UserError(f"the validation loss is {validated['loss']} at the start. Leave --head-init data out")
     metric, decreasing = chosen_metric(run.options.run.eval_metric, {}, validated, val_loader is not None)
@@ -83,9 +83,9 @@ def finish_epoch(
             if module is not None:
                 distribute_bn(module, accelerator.num_processes, reduce=options.device.dist_bn == "reduce")
     is_evaluated = val_loader is not None and (epoch % options.run.val_interval == 0 or epoch == epochs)
-    validated = _validate(run, val_loader) if is_evaluated else {}
-    if run.refit is not None and epoch == epochs and _has_refitted(run, validated, log) and is_evaluated:
-        validated = _validate(run, val_loader)
+    validated = validate(run, val_loader) if is_evaluated else {}
+    if epoch == epochs:
+        validated = end_weights(run, validated, val_loader, log)
     if not math.isfinite(validated.get("loss", 0.0)):
         raise UserError(
             f"the validation loss is {validated['loss']} after epoch {epoch}. Checkpoints of earlier "
@@ -110,10 +110,6 @@ def finish_epoch(
     progress.end_epoch()
     if run.checkpointer is not None:
         run.checkpointer.save(progress)
-
-
-def _validate(run: Training, val_loader: Any) -> dict[str, Any]:
-    return evaluate(run.evaluated, val_loader, run.accelerator, run.task.create_evaluator, **run.options.reading)
 
 
 def _keep(
@@ -142,32 +138,3 @@ def _keep(
         draw_learning_curve(folder / "learning_curve.png", read_summary(folder / "summary.csv"))
         run.accelerator.log(trained | {f"eval_{key}": value for key, value in validated.items()}, step=epoch)
     return is_best
-
-
-def _has_refitted(run: Training, validated: dict[str, Any], log: Callable) -> bool:
-    """Refit the heads and say what they reached before; False, with the reason, where they stay as trained."""
-    try:
-        run.refit(run)
-    except UserError as error:  # the epoch is not lost for it
-        log(f"heads stay as trained: {error}")
-        return False
-    metric = run.options.run.eval_metric
-    log("heads refitted in closed form" + (f"; before: {metric} {validated[metric]:.2f}" if validated else ""))
-    return True
-
-
-def chosen_metric(
-    name: str, trained: dict[str, Any], validated: dict[str, Any], has_validation: bool
-) -> tuple[float | None, bool]:
-    """The metric that chooses the best epoch, None in an epoch without validation, and whether less is better.
-
-    Raises:
-        UserError: there is no such metric.
-    """
-    if not has_validation:
-        return trained.get("loss"), True  # a start has no training loss either
-    if not validated:
-        return None, name == "loss"
-    if name not in validated:
-        raise UserError(f"no --eval-metric {name} here; there are {', '.join(sorted(validated))}")
-    return validated[name], name == "loss"

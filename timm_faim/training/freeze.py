@@ -1,4 +1,4 @@
-"""Parts of the model that do not learn: --freeze, --head-only and --train-last."""
+"""Parts of the model that do not learn: --freeze, --head-only, --train-last and --freeze-norms."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_faim import faim_heads
 from timm_faim.run.errors import UserError, did_you_mean
@@ -22,6 +23,9 @@ class LearningOptions:
     head_only: bool = flag("train the classifier only", marks="usual training")
     train_last: int | None = option(
         "train the classifier, the last N blocks and the norm after them", None, whole(1, 10_000), "N", marks="training"
+    )
+    freeze_norms: bool = flag(
+        "batch norms keep the statistics and weights that they start with", marks="usual training"
     )
     cache_features: bool = flag("with --head-only: compute the features once", marks="usual training")
     cache_views: int = option(
@@ -51,7 +55,7 @@ def apply_freeze(options: LearningOptions, model: nn.Module) -> list[nn.Module]:
     drops nothing.
 
     Args:
-        options: without --freeze, --head-only and --train-last nothing changes.
+        options: without --freeze, --head-only, --train-last and --freeze-norms nothing changes.
         model: a bare timm model, before the optimiser is built.
 
     Raises:
@@ -67,8 +71,13 @@ def apply_freeze(options: LearningOptions, model: nn.Module) -> list[nn.Module]:
             parameter.requires_grad_(name in learns and parameter.requires_grad)
         frozen = _outermost_frozen(model)
     else:
-        return []
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+        frozen = []
+    if options.freeze_norms:
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        for parameter in (p for norm in norms for p in norm.parameters()):
+            parameter.requires_grad_(False)
+        frozen += norms
+    if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--freeze {' '.join(options.freeze or ())} leaves nothing to learn. Give fewer names")
     return frozen
 

@@ -28,7 +28,8 @@ from timm_faim.images.datasets import TrainingData, targets_of
 from timm_faim.moments import Moments
 from timm_faim.run.errors import UserError
 from timm_faim.run.gather import gather_rows, raise_together
-from timm_faim.training.model import AUTO, build_data_config
+from timm_faim.run.options import AUTO
+from timm_faim.training.model import build_data_config
 from timm_faim.training.options import Options
 
 MOST, LEAST = 1000, 5  # images looked at, and of a class where the classes are too many

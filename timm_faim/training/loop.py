@@ -26,6 +26,7 @@ from timm_faim.run.weights import save_batch
 from timm_faim.training.freeze import classifier_parameters
 from timm_faim.training.options import Options
 from timm_faim.training.sampling import TrainingOrder, seed_step
+from timm_faim.training.start import Pull, StartWeights
 from timm_faim.training.state import Checkpointer, Progress
 
 
@@ -68,6 +69,8 @@ class Training:
     frozen: list[torch.nn.Module] = field(default_factory=list)  # kept in eval mode
     checkpointer: Checkpointer | None = None
     starts_fitted: bool = False  # with heads in closed form, which are evaluated as epoch 0
+    start: StartWeights | None = None  # where something is kept of it
+    pull: Pull | None = None  # towards the start, after each update
     refit: "Callable[[Training], None] | None" = None  # after the last epoch
     stop: StopRequest = field(default_factory=StopRequest)
     is_stopping: bool = False  # some process was asked to stop; the same on all of them
@@ -233,6 +236,8 @@ def train_one_epoch(run: Training) -> dict[str, Any] | None:
                 accelerator.unscale_gradients(optimizer)
                 dispatch_clip_grad(clipped, value=options.optimiser.clip_grad, mode=options.optimiser.clip_mode)
             optimizer.step()
+            if run.pull is not None and not getattr(optimizer, "step_was_skipped", False):
+                run.pull.step(optimizer)
             optimizer.zero_grad()
             progress.updates += 1
             task.update_ema(step=progress.updates)

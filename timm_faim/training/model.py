@@ -17,14 +17,13 @@ from timm.utils import ParseKwargs
 from timm_faim import faim_heads
 from timm_faim.models import may_be_converted
 from timm_faim.run.errors import MODEL_ERRORS, UserError, did_you_mean
-from timm_faim.run.options import SHARE, above, flag, option, real, whole
+from timm_faim.run.options import AUTO, SHARE, above, flag, option, real, whole
 from timm_faim.training.launch import DeviceOptions
 from timm_faim.training.loss import loss_name
 
 if TYPE_CHECKING:
     from timm_faim.training.options import Options
 
-AUTO = "auto"  # of --crop-mode: chosen before the training
 # Options that are arguments of timm's models by another name; None stays the model's own default.
 ARGUMENTS = {
     "gp": "global_pool",

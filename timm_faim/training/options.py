@@ -19,6 +19,7 @@ from timm_faim.training.loss import LossOptions, MixingOptions
 from timm_faim.training.model import HeadOptions, InputOptions, ModelOptions
 from timm_faim.training.optimiser import OptimiserOptions, ScheduleOptions
 from timm_faim.training.rare_classes import RareClassOptions
+from timm_faim.training.start import StartOptions
 from timm_faim.training.tasks import DistillationOptions
 
 
@@ -30,6 +31,7 @@ class Options:
     model: ModelOptions
     head: HeadOptions
     learning: LearningOptions
+    start: StartOptions
     input: InputOptions
     augmentation: AugmentationOptions
     mixing: MixingOptions

@@ -156,7 +156,9 @@ def _changes(folder: Path, requested: dict[str, Any]) -> dict[str, tuple[Any, An
     now = yaml.safe_load(yaml.safe_dump(requested))
     derived = {"lr"} - now.keys()  # the rate that follows the batch is on record, but was not asked for
     idle = {key for key, (default, _) in REMOVED.items() if before.get(key) == default}
-    keys = (before.keys() | now.keys()) - _RUNTIME - derived - idle
+    defaults = {key: value for group in GROUPS.values() for key, value in vars(group()).items()}
+    newer = {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}  # than that run
+    keys = (before.keys() | now.keys()) - _RUNTIME - derived - idle - newer
     return {key: (before.get(key), now.get(key)) for key in sorted(keys) if before.get(key) != now.get(key)}
 
 

@@ -10,9 +10,10 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm_faim.images.pixels import mode_of
 from timm_faim.images.splits import DataOptions
 from timm_faim.run.errors import UserError, did_you_mean
+from timm_faim.run.options import AUTO
 from timm_faim.training.contrastive import parse_losses
 from timm_faim.training.loss import loss_name, mixes_images
-from timm_faim.training.model import AUTO, InputOptions
+from timm_faim.training.model import InputOptions
 from timm_faim.training.options import Options
 from timm_faim.training.rare_classes import asked
 
@@ -198,8 +199,8 @@ def check_combinations(options: Options) -> None:
         )
         if on
     ]
-    not_refit = without_refit(options)
-    chooses, own = options.input.crop_mode == AUTO, options.model
+    not_refit, near, model = without_refit(options), options.start.flags, options.model
+    chooses = options.input.crop_mode == AUTO
     rules = (
         # data
         (
@@ -246,7 +247,7 @@ def check_combinations(options: Options) -> None:
         (chooses and run.eval_only, "--crop-mode auto chooses before a training: leave it out with --eval-only"),
         (chooses and data.multi_label, "--crop-mode auto does not go with --multi-label"),
         (
-            chooses and not (own.pretrained or own.pretrained_path or own.initial_checkpoint),
+            chooses and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
             "--crop-mode auto looks through a pretrained backbone: give --pretrained or --pretrained-path",
         ),
         # mixing and splitting
@@ -307,6 +308,22 @@ def check_combinations(options: Options) -> None:
         ),
         (learning.cache_views and not learning.cache_features, "--cache-views needs --cache-features"),
         (learning.cache_features and uncached, f"--cache-features does not go with {_join(uncached[:1])}"),
+        # staying near the start
+        (
+            (kept := [*near, *["--freeze-norms"] * learning.freeze_norms])
+            and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
+            f"{_join(kept[:1])} keeps weights near their start, and those of --model {model.model} are random. Give "
+            "--pretrained, or leave it out",
+        ),
+        (
+            near and learning.head_only,
+            f"{_join(near[:1])} is for a backbone that trains, and --head-only does not train it. Choose one",
+        ),
+        (near and device.fsdp, f"{_join(near[:1])} does not work under --fsdp. Leave one of them out"),
+        (
+            options.start.wise_ft == AUTO and not data.val_split,
+            "--wise-ft auto chooses on the validation images: give --val-split, or a number",
+        ),
         # precision and processes
         (
             device.amp and device.model_dtype not in (None, "float32"),
