@@ -1,6 +1,6 @@
 """Make a classifier of images in closed form: one pass through the backbone, no training.
 
-timm-faim fit DIR --model faim_tf_efficientnet_lite0 --faim-cfg moments=True     # DIR/train/CLASS/*.jpg, DIR/val/...
+timm-faim fit DIR --model faim_tf_efficientnet_lite0     # DIR/train/CLASS/*.jpg, DIR/val/...
 timm-faim fit DIR --model output/RUN            # other classes under the backbone of a run
 timm-faim fit DIR --unlabelled PHOTOS           # images without labels move the prototypes, if held-out images agree
 timm-faim fit DIR --val-fraction 0.1            # DIR/CLASS/*.jpg: every tenth image is held out in turn
@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from timm_faim.commands.arguments import add_run
-from timm_faim.run.options import Number, above
+from timm_faim.run.options import Number, above, real
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--faim-cfg", nargs="*", default=[], metavar="KEY=VALUE", help="options of the head, for example moments=True")
     add("--val-fraction", type=Number(float, 0, 0.5, above=True), metavar="F",
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
-    add("--shrinkage", type=above(0, 1), default=0.3, metavar="A",
-        help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
+    add("--recipe", choices=("auto", "fixed"), default="auto", help="auto: stages, weight, shrinkage and share by "
+        "held-out training images; fixed: those of --faim-cfg, 0.3 and 0 (default: auto)")  # fmt: skip
+    add("--shrinkage", type=above(0, 1), metavar="A",
+        help="of the covariance within classes towards a multiple of the identity (default: the recipe's)")  # fmt: skip
+    add("--share", type=real(0, 100), metavar="V", help="strength at which prototypes of few images are shared with "
+        "look-alikes (default: the recipe's)")  # fmt: skip
     add("--unlabelled", type=Path, metavar="DIR", help="also learn from the images in this folder, at any depth, which "
         "have no labels; kept unless held-out images get worse; assumes that most of them are of these classes, in "
         "about these proportions")  # fmt: skip

@@ -16,11 +16,11 @@ from accelerate.utils import broadcast_object_list
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils import random_seed
 
-from timm_faim import FAIMHead
-from timm_faim.calibration import FOLDS, apply_temperature_, calibrate, lookalike_folds
+from timm_faim.calibration import apply_temperature_, calibrate
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import fit_head, held_out_logits, logits_of, points_of
 from timm_faim.fitting.inputs import kept_trial
+from timm_faim.fitting.recipe import Recipe, folds_of, make_recipe, reads_chosen, stages_to_offer, with_stages
 from timm_faim.fitting.saving import Fitted, save_run
 from timm_faim.fitting.store import Features, place
 from timm_faim.fitting.unlabelled import follow_unlabelled, unlabelled_store
@@ -97,8 +97,12 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
         if name != name.encode("utf-8", "replace").decode():
             raise UserError(f"the name of class folder {name!r} is no valid UTF-8. Rename it")
     model = build_model(options, data.num_classes).to(accelerator.device).eval()
-    head = only_head(model)
+    given = (options.head.faim_cfg or {}).get("moments")
+    if stages := stages_to_offer(args, options, model):
+        model = with_stages(options, stages[:1], None, data.num_classes).to(accelerator.device)
     choose_crop(options, model, data, accelerator, log, partial(kept_trial, args.cache, args.no_cache))
+    if len(stages) > 1:
+        model = with_stages(options, stages, None, data.num_classes).to(accelerator.device)
     data_config = build_data_config(options.input, model)
     datasets = {"train": data.train} | ({} if data.val is None else {"val": data.val})
     for dataset in datasets.values():
@@ -118,7 +122,12 @@ def _fit(args: argparse.Namespace, options: Options) -> None:
                     count, how = sum(map(len, features.values())), "computed" if ran else "found in the cache"
                     log(f"features of {count} images {how} in {seconds:.1f} s")
                     features |= {} if other is None else {"unlabelled": Features(other, "unlabelled")}
-                    fitted = _fit_head(args, model, head, data, features, log)
+                    _check_classes(features["train"], data)
+                    weight = given.get("weight") if isinstance(given, dict) else None
+                    recipe = make_recipe(args, model, features["train"], weight, bool(stages), log)
+                    model, widths = reads_chosen(options, model, recipe), only_head(model).parts
+                    features = {split: each.parts(widths, recipe.plan.parts) for split, each in features.items()}
+                    fitted = _fit_head(args, model, recipe, data, features, log)
                 accelerator.wait_for_everyone()
         if is_main:
             save_run(args, options, fitted, data, data_config, loaders, run_folder, log)
@@ -164,21 +173,24 @@ def _store_folder(
         yield folder
 
 
+def _check_classes(train: Features, data: TrainingData) -> None:
+    counts = np.bincount(train.target, minlength=data.num_classes)
+    if not counts.all():
+        missing = few([data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)])
+        raise UserError(f"no readable training image of {missing}. Add images, or remove the class")
+
+
 def _fit_head(
     args: argparse.Namespace,
     model: torch.nn.Module,
-    head: FAIMHead,
+    recipe: Recipe,
     data: TrainingData,
     features: dict[str, Features],
     log: Callable,
 ) -> Fitted:
     """The head, and what it says of images that it is not fitted to; for the main process."""
-    started, train = time.perf_counter(), features["train"]
-    counts = np.bincount(train.target, minlength=data.num_classes)
-    if not counts.all():
-        missing = few([data.label_names[k] if data.label_names else str(k) for k in np.flatnonzero(counts == 0)])
-        raise UserError(f"no readable training image of {missing}. Add images, or remove the class")
-    fit_head(head, train, args.shrinkage)
+    started, train, head = time.perf_counter(), features["train"], only_head(model)
+    fit_head(head, train, recipe.plan)
     points, fold, unlabelled = points_of(head, train), None, None
     if "val" in features:
         val = features["val"]
@@ -186,14 +198,16 @@ def _fit_head(
             raise UserError("no validation image can be read. Repair them, or remove the folder")
         logits, target, places, source = logits_of(head, val), val.target, val.place, "validation"
     else:
-        count = round(1 / args.val_fraction) if args.val_fraction else FOLDS
-        fold = lookalike_folds(points, torch.from_numpy(train.target), count).numpy()
-        logits, chosen = held_out_logits(head, train, args.shrinkage, fold)
+        if recipe.held is not None and "unlabelled" not in features:
+            logits, chosen = recipe.held_out(head)
+        else:
+            fold = recipe.folds(points, train.target, folds_of(args))
+            logits, chosen = held_out_logits(head, train, recipe.plan, fold)
         target, places, source = train.target[chosen], train.place[chosen], "cross-fitted training images"
-        log(f"{len(target)} training images held out in turn, in {count} folds; the saved head is fitted to all")
+        log(f"{len(target)} training images held out in turn, in {folds_of(args)} folds; the saved head has all")
     if "unlabelled" in features:
         y = torch.from_numpy(target)
-        logits, unlabelled = follow_unlabelled(head, features, args, fold, logits, y, log)
+        logits, unlabelled = follow_unlabelled(head, features, args, recipe.plan, fold, logits, y, log)
     calibration, evaluation = None, None
     if len(target):
         calibration = calibrate(logits, torch.from_numpy(target), source)
@@ -202,4 +216,6 @@ def _fit_head(
         evaluation.index[:] = places
         log(calibration_line(calibration))
     log(f"fitted to {len(train)} images of {data.num_classes} classes in {time.perf_counter() - started:.1f} s")
-    return Fitted(model, counts.tolist(), points, train.place, calibration, evaluation, unlabelled)
+    counts = np.bincount(train.target, minlength=data.num_classes)
+    record = recipe.to_json() | ({} if unlabelled is None else {"unlabelled": unlabelled})
+    return Fitted(model, counts.tolist(), points, train.place, calibration, evaluation, record)

@@ -15,10 +15,11 @@ from timm_faim.fitting.store import Features
 from timm_faim.head.closed_form import fit_from_statistics_
 from timm_faim.head.fit import fitted_features
 from timm_faim.head.statistics import HeadStatistics
+from timm_faim.recipe import Plan
 from timm_faim.run.errors import UserError
 
 
-def fit_head(head: FAIMHead, features: Features, shrinkage: float, chosen: np.ndarray | None = None) -> FAIMHead:
+def fit_head(head: FAIMHead, features: Features, plan: Plan, chosen: np.ndarray | None = None) -> FAIMHead:
     """Fit a head in place, in closed form, to the chosen images (default: all).
 
     Raises:
@@ -29,7 +30,7 @@ def fit_head(head: FAIMHead, features: Features, shrinkage: float, chosen: np.nd
     try:
         for x, target in features.blocks(chosen):
             stats.update(fitted_features(head, x.to(device)), target.to(device))
-        return fit_from_statistics_(head, stats, shrinkage)
+        return fit_from_statistics_(head, stats, plan.shrinkage, plan.share)
     except ValueError as e:
         raise UserError(f"the head cannot be fitted: {e}") from e
 
@@ -49,7 +50,7 @@ def points_of(head: FAIMHead, features: Features) -> Tensor:
 def held_out_logits(
     head: FAIMHead,
     features: Features,
-    shrinkage: float,
+    plan: Plan,
     fold: np.ndarray,
     then: Callable[[FAIMHead, np.ndarray], object] | None = None,
 ) -> tuple[Tensor, np.ndarray]:
@@ -58,7 +59,7 @@ def held_out_logits(
     Args:
         head: fitted to all of them.
         features: of N images.
-        shrinkage: as the head was fitted with.
+        plan: as the head was fitted by.
         fold: [N], -1 where none holds the image out.
         then: changes a head that is fitted to the images of these numbers, in place.
 
@@ -68,7 +69,7 @@ def held_out_logits(
     logits = torch.empty(len(features), head.num_classes)
     for k in np.unique(fold[fold >= 0]):
         chosen = np.flatnonzero(fold != k)
-        other = fit_head(copy.deepcopy(head), features, shrinkage, chosen)
+        other = fit_head(copy.deepcopy(head), features, plan, chosen)
         if then is not None:
             then(other, chosen)
         logits[torch.from_numpy(fold == k)] = logits_of(other, features, np.flatnonzero(fold == k))

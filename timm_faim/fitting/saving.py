@@ -30,7 +30,7 @@ _KEPT = 2**30  # bytes of training points that a run keeps
 class Fitted:
     """A model with its head fitted and calibrated, the training images of each class, their points [N, D] and places
     [N] in the data set, what was measured on images that the head is not fitted to (None where there were none), and
-    what unlabelled images did (None without them)."""
+    how it was made, as config.json keeps it."""
 
     model: nn.Module
     images: list[int]
@@ -38,7 +38,7 @@ class Fitted:
     places: np.ndarray
     calibration: Calibration | None
     evaluation: Evaluation | None
-    unlabelled: dict[str, Any] | None = None
+    recipe: dict[str, Any]
 
 
 def save_run(
@@ -65,9 +65,7 @@ def save_run(
     """
     model, calibration, evaluation = fitted.model, fitted.calibration, fitted.evaluation
     save_recipe(as_recipe(options), folder / "args.yaml")
-    record: dict[str, Any] = {"images": fitted.images, "fit": {"shrinkage": args.shrinkage}}
-    if fitted.unlabelled is not None:
-        record["fit"]["unlabelled"] = fitted.unlabelled
+    record: dict[str, Any] = {"images": fitted.images, "fit": fitted.recipe}
     if calibration is not None:
         record["calibration"] = calibration.to_json()
     names, order = data.label_names, data.class_order

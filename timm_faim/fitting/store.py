@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,18 @@ class Features:
             self.target[start : start + count] = rows[:, 1]
             start += count
         self._parts, self._starts = parts, np.cumsum([0, *counts])
+        self._columns: np.ndarray | slice = slice(None)
         self._order = np.argsort(self.place, kind="stable")  # the same for any number of processes
         self.place, self.target = self.place[self._order], self.target[self._order]
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def parts(self, widths: Sequence[int], wanted: Sequence[int]) -> "Features":
+        """The same images, of whose features side by side the wanted parts are read."""
+        starts, chosen = np.cumsum([0, *widths]), copy(self)
+        chosen._columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in wanted])
+        return chosen
 
     def blocks(self, chosen: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Features [B, D] and classes [B] of the chosen images (default: all), in their order."""
@@ -75,7 +83,7 @@ class Features:
         for part, start, end in zip(self._parts, self._starts[:-1], self._starts[1:], strict=True):
             here = (stored >= start) & (stored < end)
             rows[here] = part[stored[here] - start]
-        return rows
+        return rows[:, self._columns]
 
 
 class Writer:

@@ -30,6 +30,7 @@ from timm_faim.images.checked import reader_of
 from timm_faim.images.files import images_of, list_images
 from timm_faim.images.pixels import mode_of
 from timm_faim.models.checkpoint import sha256
+from timm_faim.recipe import Plan
 from timm_faim.run.errors import UserError
 from timm_faim.training.data import build_clean_loader
 from timm_faim.training.options import Options
@@ -136,6 +137,7 @@ def follow_unlabelled(
     head: FAIMHead,
     features: Mapping[str, Features],
     args: argparse.Namespace,
+    plan: Plan,
     fold: np.ndarray | None,
     logits: Tensor,
     target: Tensor,
@@ -148,6 +150,7 @@ def follow_unlabelled(
         head: fitted to all training images.
         features: of "train", "unlabelled" and perhaps "val".
         args: of `timm-faim fit`.
+        plan: that the head is fitted by.
         fold: of the training images that are held out; None: the validation images are.
         logits, target: of the held-out images without the unlabelled ones; N may be 0.
         log: print.
@@ -173,7 +176,7 @@ def follow_unlabelled(
     if fold is None:
         after = logits_of(adapted, features["val"])
     else:
-        after, _ = held_out_logits(head, train, args.shrinkage, fold, follow)
+        after, _ = held_out_logits(head, train, plan, fold, follow)
     check = Check.of(logits, after, target)
     log(f"{check.line()}; {used} of {len(unlabelled)} look like one of the classes and are used")
     if check.kept:

@@ -7,6 +7,7 @@ never the row of blocks around it, which gradient checkpointing does not call.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,25 +31,12 @@ def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = Non
     Raises:
         ValueError: no such module, or none that gives one map; with the nearest names.
     """
-    model = meta_copy(arch, arguments)
-    modules = dict(model.named_modules())
-    blocks = candidates(model) or _named_features(model, modules)
-    around = {name: modules[name] for block in blocks for name in _around(block) if type(modules[name]) not in _ROWS}
-    asked = {wanted: modules[wanted]} if wanted in modules else {}
-    watched = around | asked | blocks
-    outputs: dict[str, list[Any]] = {}  # in the order of calls
-    for name, module in watched.items():
-        module.register_forward_hook(lambda _, inputs, output, name=name: outputs.setdefault(name, []).append(output))
-    size = meta_pass(model)[1:]
-    found = {name: _stage(name, calls, model, size) for name, calls in outputs.items()}
-    stages = {name: stage for name, stage in found.items() if stage is not None}
+    seen = _Seen.of(arch, arguments, wanted)
+    stages = seen.stages
     if wanted is None:
-        usable = [stage for name, stage in stages.items() if name in blocks]
-        if not usable:
+        if not seen.usable:
             raise ValueError(f"faim_cfg moments: no block of {PREFIX}{arch} gives one map or tokens; leave moments out")
-        block = _usual(usable, math.prod(size))
-        wholes = [stages[name] for name in _around(block.name) if name in stages]
-        return next((w for w in wholes if w.positions == block.positions and w.channels > block.channels), block)
+        return seen.whole(_usual(seen.usable, seen.pixels))
     within = [stage for name, stage in stages.items() if name != wanted and name.startswith(f"{wanted}.")]
     whole = stages.get(wanted)
     if whole and not (within and (within[-1].channels, within[-1].positions) == (whole.channels, whole.positions)):
@@ -58,9 +46,65 @@ def find_stage(arch: str, arguments: Mapping[str, Any], wanted: str | None = Non
     places = list(dict.fromkeys(part for name in stages for part in (name, name.rpartition(".")[0]) if part))
     near = nearest(wanted, places)
     hint = f"did you mean {near!r}? " if near else ""
-    reason = "gives no map or tokens, or not once" if wanted in modules else "is no module"
+    reason = "gives no map or tokens, or not once" if wanted in seen.modules else "is no module"
     raise ValueError(f"faim_cfg moments={wanted!r} {reason} of {PREFIX}{arch}; {hint}there are {', '.join(places[:40])}"
                      )  # fmt: skip
+
+
+def offered_stages(arch: str, arguments: Mapping[str, Any]) -> list[str]:
+    """Names of stages to choose among: the one of :func:`find_stage` first, then the ends of the two stages before it;
+    in a network of one resolution blocks half as deep, and half of the way from there to the end. None where no block
+    gives a map."""
+    seen = _Seen.of(arch, arguments)
+    if not (usable := seen.usable):
+        return []
+    usual = _usual(usable, seen.pixels)
+    at = usable.index(usual)
+    rows = [stage.name.rpartition(".")[0] for stage in usable]
+    ends = [i for i in range(at) if rows[i] != rows[i + 1] and rows[i] != rows[at]]
+    others = ends[-2:] or [i for i in (at // 2, (at + len(usable)) // 2) if i != at]
+    return list(dict.fromkeys(seen.whole(stage).name for stage in (usual, *(usable[i] for i in others))))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a forward pass shows of an architecture: modules that give one map, by name in the order of calls; the names
+    of its blocks and of all modules; the pixels of its images."""
+
+    stages: dict[str, Stage]
+    blocks: set[str]
+    modules: set[str]
+    pixels: int
+
+    @classmethod
+    def of(cls, arch: str, arguments: Mapping[str, Any], wanted: str | None = None) -> "_Seen":
+        model = meta_copy(arch, arguments)
+        modules = dict(model.named_modules())
+        blocks = candidates(model) or _named_features(model, modules)
+        around = {
+            name: modules[name] for block in blocks for name in _around(block) if type(modules[name]) not in _ROWS
+        }
+        asked = {wanted: modules[wanted]} if wanted in modules else {}
+        watched = around | asked | blocks
+        outputs: dict[str, list[Any]] = {}  # in the order of calls
+        for name, module in watched.items():
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: outputs.setdefault(name, []).append(output)
+            )
+        size = meta_pass(model)[1:]
+        found = {name: _stage(name, calls, model, size) for name, calls in outputs.items()}
+        stages = {name: stage for name, stage in found.items() if stage is not None}
+        return cls(stages, set(blocks), set(modules), math.prod(size))
+
+    @property
+    def usable(self) -> list[Stage]:
+        """The blocks that give one map."""
+        return [stage for name, stage in self.stages.items() if name in self.blocks]
+
+    def whole(self, block: Stage) -> Stage:
+        """The stage around a block, where that gives more than its last block."""
+        wholes = [self.stages[name] for name in _around(block.name) if name in self.stages]
+        return next((w for w in wholes if w.positions == block.positions and w.channels > block.channels), block)
 
 
 def _around(name: str) -> list[str]:

@@ -18,7 +18,7 @@ from timm_faim.calibration import FOLDS, lookalike_folds
 from .part import Frame, Part
 from .plan import SHRINKAGE, SINGLE_WEIGHT, WEIGHT, Plan
 
-WEIGHTS, SHRINKAGES, SHARES = (0.6, 0.75, 0.85, 0.92, 1.0), (0.1, 0.3, 0.5), (0.0, 0.5, 1.0, 2.0, 4.0)
+WEIGHTS, SHRINKAGES, SHARES = (0.6, 0.75, 0.85, 0.92, 1.0), (0.1, 0.3, 0.5), (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LEAST, MOST = 20, 10_000  # held-out images: fewer say nothing, more are not needed
 MOST_CLASSES = 2_000  # beyond, sharing is not tried: it costs C³
 _ROWS = 1 << 22  # numbers in a block of cosines
@@ -26,14 +26,11 @@ _ROWS = 1 << 22  # numbers in a block of cosines
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan, its score in [0, 1] (None: too little data to choose), scores of simpler plans by name, and what it says
-    of held-out images: cosines [M, C] to the prototypes of the others and their numbers [M] among those given."""
+    """A plan, its score in [0, 1] (None: too little data to choose), and scores of simpler plans by name."""
 
     plan: Plan
     score: float | None
     simpler: dict[str, float]
-    cosines: Tensor
-    numbers: Tensor
 
     def lines(self, names: Sequence[str]) -> list[str]:
         """The plan in words, with what each choice is worth; parts by name."""
@@ -56,26 +53,23 @@ class HeldOut:
         targets: class indices [N].
         num_classes: C.
         rank: directions of Σ of wide parts.
-        folds: number of folds of look-alikes, and of those at random.
-        usual: the parts by whose points images are alike.
+        kinds: folds [N] of the images, -1 where none holds an image out, of one or several kinds; see :meth:`fold`.
     """
 
     def __init__(
-        self,
-        parts: Sequence[Tensor],
-        targets: Tensor,
-        num_classes: int,
-        rank: int,
-        folds: int = FOLDS,
-        usual: Sequence[int] = (0,),
+        self, parts: Sequence[Tensor], targets: Tensor, num_classes: int, rank: int, kinds: Sequence[Tensor] = ()
     ) -> None:
         self.targets, self.num_classes = targets, num_classes
         self.parts = [Part(x, targets, num_classes, rank) for x in parts]
-        everything = torch.ones_like(targets, dtype=torch.bool)
+        self.kinds = list(kinds)
+
+    def fold(self, count: int = FOLDS, usual: Sequence[int] = (0,)) -> "HeldOut":
+        """Make ``count`` folds of images that are alike by the points of the usual parts, and as many at random."""
+        everything = torch.ones_like(self.targets, dtype=torch.bool)
         points = [Frame(self.parts[i], everything, SHRINKAGE).points() for i in usual]
-        alike = lookalike_folds(torch.cat(points, 1).cpu(), targets.cpu(), folds).to(targets.device)
-        mixed = _shuffled_folds(targets, folds).where(alike >= 0, alike)
-        self.kinds = [alike, mixed]
+        alike = lookalike_folds(torch.cat(points, 1).cpu(), self.targets.cpu(), count).to(self.targets.device)
+        self.kinds = [alike, _shuffled_folds(self.targets, count).where(alike >= 0, alike)]
+        return self
 
     def __len__(self) -> int:
         """Images that are ever held out."""
@@ -147,71 +141,61 @@ def sample(targets: Tensor, most: int = MOST) -> Tensor:
 
 def choose(
     held: HeldOut,
-    usual: int | None,
-    fixed: Plan | None = None,
+    offered: Sequence[tuple[int, ...]] | None = None,
+    *,
     shrinkage: float | None = None,
     share: float | None = None,
     weight: float | None = None,
 ) -> Chosen:
-    """The plan with the best score; of several as good the simplest, then the first.
+    """The plan with the best score; of several as good the first, which is the simplest.
 
     First the parts, their weight and the share together, at the usual shrinkage, then the shrinkage.
 
     Args:
         held: what is chosen by.
-        usual: the number of the part that a head reads beside the pooled features where nothing is chosen; None
-            where there is no other part.
-        fixed: a plan that is not to be chosen but taken.
+        offered: sets of parts, the usual one first; by default the pooled features with the second part, with each of
+            the others, with two of them, and alone.
         shrinkage, share, weight: given by the user; they stand.
     """
+    if offered is None:
+        others = range(1, len(held.parts))
+        offered = [(0, *each) for count in (1, 2, 0) for each in combinations(others, count)]
     single = len(held) == 0
     plain = Plan(
-        parts=(0,) if usual is None else (0, usual),
+        parts=offered[0],
         weight=weight if weight is not None else SINGLE_WEIGHT if single else WEIGHT,
         shrinkage=SHRINKAGE if shrinkage is None else shrinkage,
         share=share or 0.0,
     )
-    if fixed is not None or len(held) < LEAST:
-        plan = fixed or plain
-        return Chosen(plan, None, {}, *held.cosines(plan))
-    plans = list(_candidates(plain, len(held.parts), held.num_classes, share, weight))
+    if len(held) < LEAST:
+        return Chosen(plain, None, {})
+    shares = [share] if share is not None else [0.0] if held.num_classes > MOST_CLASSES else SHARES
+    weights = [weight] if weight is not None else [WEIGHT, *(w for w in WEIGHTS if w != WEIGHT)]
+    plans = [replace(plain, parts=parts, weight=w, share=s) for s in shares for parts in offered
+             for w in (weights if len(parts) > 1 else weights[:1])]  # fmt: skip
     scores = held.scores(plans)
     best = max(range(len(plans)), key=scores.__getitem__)
-    plan, score = plans[best], scores[best]
-    simpler = _simpler(plan, plans, scores)
+    plan, score, simpler = plans[best], scores[best], _simpler(plans, scores, plans[best])
     for other in SHRINKAGES if shrinkage is None else ():
-        if other == plain.shrinkage:
-            continue
-        tried = replace(plan, shrinkage=other)
-        (value,) = held.scores([tried])
-        if value > score:
-            simpler[f"shrinkage {plain.shrinkage:g}"] = scores[best]
-            plan, score = tried, value
-    return Chosen(plan, score, simpler, *held.cosines(plan))
+        if other != plain.shrinkage:
+            tried = replace(plans[best], shrinkage=other)
+            (value,) = held.scores([tried])
+            if value > score:
+                simpler[f"shrinkage {plain.shrinkage:g}"] = scores[best]
+                plan, score = tried, value
+    return Chosen(plan, score, simpler)
 
 
-def _candidates(plain: Plan, parts: int, classes: int, share: float | None, weight: float | None) -> Iterator[Plan]:
-    """From the simplest on."""
-    shares = [share] if share is not None else [0.0] if classes > MOST_CLASSES else SHARES
-    weights = [plain.weight] + [w for w in WEIGHTS if w != plain.weight] if weight is None else [weight]
-    others = [others for count in (1, 2) for others in combinations(range(1, parts), count)]
-    others.sort(key=lambda each: each != plain.parts[1:])  # the usual one first
-    for s in shares:
-        yield replace(plain, parts=(0,), share=s)
-        for each in others:
-            yield from (replace(plain, parts=(0, *each), weight=w, share=s) for w in weights)
-
-
-def _simpler(plan: Plan, plans: Sequence[Plan], scores: Sequence[float]) -> dict[str, float]:
+def _simpler(plans: Sequence[Plan], scores: Sequence[float], best: Plan) -> dict[str, float]:
     """Scores of the best plans that leave out one of the choices."""
-    kinds = {
-        "pooled features alone": [i for i, p in enumerate(plans) if len(p.parts) == 1],
-        "without sharing": [i for i, p in enumerate(plans) if p.parts == plan.parts and p.share == 0.0],
-        "one stage": [i for i, p in enumerate(plans) if len(p.parts) == 2],
+    without = {
+        "pooled features alone": (len(best.parts) > 1, lambda plan: len(plan.parts) == 1),
+        "one stage": (len(best.parts) > 2, lambda plan: len(plan.parts) == 2),
+        "without sharing": (best.share > 0, lambda plan: plan.share == 0),
     }
-    chosen = {
-        "pooled features alone": len(plan.parts) > 1,
-        "without sharing": plan.share > 0,
-        "one stage": len(plan.parts) > 2,
-    }
-    return {name: max(scores[i] for i in which) for name, which in kinds.items() if which and chosen[name]}
+    found = {}
+    for name, (chosen, keeps) in without.items():
+        values = [score for plan, score in zip(plans, scores, strict=True) if keeps(plan)]
+        if chosen and values:
+            found[name] = max(values)
+    return found

@@ -13,7 +13,7 @@ from timm_faim.run.errors import UserError
 from timm_faim.run.files import check_writable, create_run_folder
 from timm_faim.run.finished import work_left
 from timm_faim.run.lock import lock_run_folder
-from timm_faim.run.options import marked
+from timm_faim.run.options import AUTO, marked
 from timm_faim.training.checkpoints import (
     FOLDER,
     check_checkpoint,
@@ -22,7 +22,6 @@ from timm_faim.training.checkpoints import (
     is_checkpoint,
     layout_of,
 )
-from timm_faim.training.model import AUTO
 from timm_faim.training.options import GROUPS, ONE_LAUNCH, Options
 from timm_faim.training.removed import REMOVED
 
