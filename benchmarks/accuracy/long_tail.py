@@ -29,9 +29,9 @@ from torch import Tensor
 FOLDS, CONTROL = 3, "FAIM"
 OURS = ("FAIM", "FAIM shared 1", "FAIM shared", "FAIM shared + prior", "FAIM + prior", "FAIM, softmax of look-alikes")
 NOTE = """The number is the imbalance, most to fewest images. "With more": validation images beyond 8 a class are in
-training, which is easier, since series of like images are in both. "By word": classes are the second words of the folders' names
-(genus, alphabet), for imbalances that classes of at most 25 images don't have. FAIM shared 1 is without any choice; the
-others chose their strengths by folds of the training images."""
+training, which is easier, since series of like images are in both. "By word": classes are the second words of the
+folders' names (genus, alphabet), for imbalances that classes of at most 25 images don't have. FAIM shared 1 is
+without any choice; the others chose their strengths by folds of the training images."""
 COMMAND = "python benchmarks/accuracy/long_tail.py --weights NAME=FILE … --data NAME=DIR …"
 
 
