@@ -204,7 +204,8 @@ def main() -> None:
     log = Log(args.output)
     run(log, {n: Frozen(f, args.weights, LITE0, args.cache) for n, f in named_folders(args.data).items()}, args.cuts)
     command = "python benchmarks/accuracy/unlabelled.py --weights FILE --data NAME=DIR ..."
-    show([headline(command, cuda=False), "", *report(log.rows)], args.output.with_suffix(".md"))
+    title, *lines = report(log.rows)
+    show([title, "", headline(command, cuda=False), *lines], args.output.with_suffix(".md"))
 
 
 if __name__ == "__main__":
