@@ -20,10 +20,12 @@ CHECKS = {"check": "held-out training images", "validation": "a quarter of the v
 
 def report(rows: list[dict]) -> list[str]:
     """The page."""
+    few, rows = [[row for row in rows if ("given" in row["config"]) == is_few] for is_few in (True, False)]
     lines = ["# Unlabelled images"]
     for kind in dict.fromkeys(row["config"]["features"] for row in rows):
         mine = [row for row in rows if row["config"]["features"] == kind]
         lines += ["", f"## Features: {kind}", "", *_same(mine), "", *_other(mine)]
+    lines += ["", "## Images of a fifth of the classes alone, features: mean", "", *_same(few)]
     return lines + ["", "## The guard", "", *_guard(rows)]
 
 
