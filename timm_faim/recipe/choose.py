@@ -8,7 +8,6 @@ Shapes: N images, C classes, D features.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -154,12 +153,12 @@ def choose(
     Args:
         held: what is chosen by.
         offered: sets of parts, the usual one first; by default the pooled features with the second part, with each of
-            the others, with two of them, and alone.
+            the others, with the second and one other, and alone.
         shrinkage, share, weight: given by the user; they stand.
     """
     if offered is None:
         others = range(1, len(held.parts))
-        offered = [(0, *each) for count in (1, 2, 0) for each in combinations(others, count)]
+        offered = [*((0, i) for i in others), *((0, 1, i) for i in others[1:]), (0,)]
     single = len(held) == 0
     plain = Plan(
         parts=offered[0],
