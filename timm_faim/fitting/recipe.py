@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from timm.utils import random_seed
 from torch import Tensor, nn
 
 from timm_faim import FAIMHead
@@ -51,6 +52,7 @@ def with_stages(options: Options, stages: list[str], weight: float | None, num_c
     """The model that reads these stages, on the CPU; the options say so from now on."""
     moments = {"stages": stages} | ({} if weight is None else {"weight": weight})
     options.head.faim_cfg = {**(options.head.faim_cfg or {}), "moments": moments if stages else False}
+    random_seed(options.run.seed, 0)  # what no fit sets is the same, whatever came before
     return build_model(options, num_classes).eval()
 
 
