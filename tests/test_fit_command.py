@@ -149,7 +149,7 @@ def test_two_processes_fit_the_same(fitted, data, backbone, tmp_path):
     assert one.fc.scale.item() == pytest.approx(two.fc.scale.item(), rel=1e-2)  # fitted to logits, all of them right
     two.fc.scale.data.copy_(one.fc.scale)
     with torch.no_grad():
-        torch.testing.assert_close(one.eval()(images), two.eval()(images), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.eval()(images), two.eval()(images), rtol=1e-2, atol=1e-2)
     files = [(run / "eval" / "predictions.csv").read_text().split("\n") for run in (fitted, tmp_path / "two")]
     assert [line.split(",")[:4] for line in files[0]] == [line.split(",")[:4] for line in files[1]]
 
