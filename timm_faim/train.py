@@ -34,6 +34,7 @@ from timm_faim.training.epochs import train_epochs
 from timm_faim.training.features import cache_features, only_classifier
 from timm_faim.training.fits import build_refit, fit_heads_to, starts_from_data
 from timm_faim.training.freeze import apply_freeze
+from timm_faim.training.head_recipe import choose_head_recipe
 from timm_faim.training.inputs import choose_crop
 from timm_faim.training.launch import build_accelerator, start_trackers, wrap_repeated_blocks
 from timm_faim.training.loop import Training
@@ -105,9 +106,10 @@ def train_with(options: Options) -> None:
         )
     clean_images = partial(build_fit_loader, options, data_config, accelerator, data.num_classes)
     starts_fitted = starts_from_data(options, model)
+    requested |= choose_head_recipe(options.head_recipe, model, clean_images, accelerator, log)
     if starts_fitted:
         log("heads from class statistics of the training data")
-        fit_heads_to(model, clean_images(), accelerator, "--head-init data")
+        fit_heads_to(model, clean_images(), accelerator, options.head_recipe, "--head-init data")
     if options.learning.cache_features:
         clean = None if options.learning.cache_views else clean_images()
         order, val_batches = cache_features(options, model, order, clean, val_loader, accelerator)

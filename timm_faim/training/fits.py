@@ -11,6 +11,7 @@ from timm_faim import faim_heads, fit_
 from timm_faim.moments import Moments
 from timm_faim.run.errors import UserError
 from timm_faim.run.gather import raise_together
+from timm_faim.training.head_recipe import HeadRecipeOptions
 from timm_faim.training.loop import Training
 from timm_faim.training.options import Options
 
@@ -28,14 +29,16 @@ def starts_from_data(options: Options, model: torch.nn.Module) -> bool:
     return bool(faim_heads(model)) and (options.head.head_init == "data" or reads_new_moments)
 
 
-def fit_heads_to(model: torch.nn.Module, batches: Any, accelerator: Accelerator, flag: str) -> None:
+def fit_heads_to(
+    model: torch.nn.Module, batches: Any, accelerator: Accelerator, recipe: HeadRecipeOptions, flag: str
+) -> None:
     """Heads in closed form from the training images, as `flag` asks.
 
     Raises:
         UserError: what the fit says of the features (NaN, all equal).
     """
     try:
-        fit_(model, batches, device=accelerator.device)
+        fit_(model, batches, device=accelerator.device, **recipe.arguments)
     except ValueError as e:
         raise UserError(f"{flag}: {e}") from e
 
@@ -52,7 +55,13 @@ def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], Non
     """
 
     def refit(run: Training) -> None:
-        fit_heads_to(extract_model_from_parallel(run.evaluated), batches(run), run.accelerator, "--head-refit")
+        fit_heads_to(
+            extract_model_from_parallel(run.evaluated),
+            batches(run),
+            run.accelerator,
+            run.options.head_recipe,
+            "--head-refit",
+        )
 
     def batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         problem = None

@@ -14,6 +14,7 @@ from timm_faim.training.checkpoints import CheckpointOptions
 from timm_faim.training.contrastive import ContrastiveOptions
 from timm_faim.training.data import AugmentationOptions
 from timm_faim.training.freeze import LearningOptions
+from timm_faim.training.head_recipe import HeadRecipeOptions
 from timm_faim.training.launch import DeviceOptions, LoggingOptions
 from timm_faim.training.loss import LossOptions, MixingOptions
 from timm_faim.training.model import HeadOptions, InputOptions, ModelOptions
@@ -30,6 +31,7 @@ class Options:
     data: DataOptions
     model: ModelOptions
     head: HeadOptions
+    head_recipe: HeadRecipeOptions
     learning: LearningOptions
     start: StartOptions
     input: InputOptions

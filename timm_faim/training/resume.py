@@ -29,7 +29,8 @@ from timm_faim.training.removed import REMOVED
 _RUNTIME = {"config", *ONE_LAUNCH, *marked(GROUPS.values(), "runtime")}
 
 
-CHOSEN = ("crop_mode", "crop_pct", "train_crop_mode")  # options that --crop-mode auto sets
+OF_CROP = ("crop_mode", "crop_pct", "train_crop_mode")  # options that --crop-mode auto sets
+OF_HEAD = ("head_recipe", "head_shrinkage", "head_share")  # and --head-recipe auto
 
 
 def open_run_folder(
@@ -122,19 +123,21 @@ def _choose_folder(options: Options, requested: dict[str, Any], img_size: int, e
 
 
 def chosen_before(options: Options, requested: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """What an earlier part of the run that --resume auto goes on with has chosen for --crop-mode auto, put into the
-    options as well; empty where there is none. A collective call."""
-    if options.checkpoints.resume != "auto" or options.input.crop_mode != AUTO:
+    """What an earlier part of the run that --resume auto goes on with has chosen for --crop-mode auto and --head-recipe
+    auto, put into the options as well; empty where there is none. A collective call."""
+    chosen = OF_CROP if options.input.crop_mode == AUTO else ()
+    chosen += OF_HEAD if options.head_recipe.head_recipe == AUTO else ()
+    if options.checkpoints.resume != "auto" or not chosen:
         return {}
     found: dict[str, Any] = {}
     if accelerator.is_main_process:
         name = options.run.experiment  # such a run goes on whatever else has changed
         runs = sorted(path.parent for path in Path(options.run.output).glob(f"{name or '*'}/args.yaml"))
-        runs = [run for run in runs if name or _changes(run, requested).keys() <= set(CHOSEN)]
+        runs = [run for run in runs if name or _changes(run, requested).keys() <= set(chosen)]
         before = read_yaml(runs[0] / "args.yaml") if runs else None
-        found = {key: before[key] for key in CHOSEN if key in before} if isinstance(before, dict) else {}
+        found = {key: before[key] for key in chosen if key in before} if isinstance(before, dict) else {}
     (found,) = broadcast_object_list([found])
-    for group in (options.input, options.augmentation):
+    for group in (options.input, options.augmentation, options.head_recipe):
         vars(group).update((key, value) for key, value in found.items() if key in vars(group))
     return found
 

@@ -200,7 +200,7 @@ def check_combinations(options: Options) -> None:
         if on
     ]
     not_refit, near, model = without_refit(options), options.start.flags, options.model
-    chooses = options.input.crop_mode == AUTO
+    chooses, recipe = options.input.crop_mode == AUTO, options.head_recipe.head_recipe == AUTO
     rules = (
         # data
         (
@@ -243,6 +243,16 @@ def check_combinations(options: Options) -> None:
         (
             not data.val_split and schedule.sched == "plateau",
             "--sched plateau follows the validation: give --val-split or choose another --sched",
+        ),
+        (recipe and run.eval_only, "--head-recipe auto chooses before a training: leave it out with --eval-only"),
+        (recipe and data.multi_label, "--head-recipe auto does not go with --multi-label"),
+        (
+            recipe and options.head.head_init != "data" and options.head.head_refit is None,
+            "--head-recipe auto is of heads in closed form: give --head-init data or --head-refit, too",
+        ),
+        (
+            recipe and not (model.pretrained or model.pretrained_path or model.initial_checkpoint),
+            "--head-recipe auto looks through a pretrained backbone: give --pretrained or --pretrained-path",
         ),
         (chooses and run.eval_only, "--crop-mode auto chooses before a training: leave it out with --eval-only"),
         (chooses and data.multi_label, "--crop-mode auto does not go with --multi-label"),
