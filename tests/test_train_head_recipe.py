@@ -67,9 +67,15 @@ def test_a_run_that_goes_on_does_not_choose_again(images, weights, tmp_path, mon
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--data-dir", ".", "--head-recipe", "auto", "--pretrained"], "of heads in closed form: give --head-init data or --head-refit"),
+        (
+            ["--data-dir", ".", "--head-recipe", "auto", "--pretrained"],
+            "of heads in closed form: give --head-init data or --head-refit",
+        ),
         (AUTO, "looks through a pretrained backbone: give --pretrained or"),
-        ([*AUTO, "--pretrained", "--multi-label", "--dataset", "hfds/x", "--num-classes", "3"], "--head-recipe auto does not go with --multi-label"),
+        (
+            [*AUTO, "--pretrained", "--multi-label", "--dataset", "hfds/x", "--num-classes", "3"],
+            "--head-recipe auto does not go with --multi-label",
+        ),
         (["--head-share", "101"], "must be a number in 0..100, got 101"),
         (["--head-shrinkage", "0"], "must be a number > 0 and <= 1, got 0"),
     ],
