@@ -140,13 +140,17 @@ def test_batches_of_any_cut_give_the_scatter_within_classes(batch, order):
     assert_scatter(stats, within_scatter(x[:, 5:], targets))
 
 
-def test_one_image_a_class_leaves_the_identity():
+def test_one_image_a_class_has_the_directions_of_all_images():
     x, _ = features(7, 7)
     head = head_of_parts(9)  # two classes are never seen
     fit_from_statistics_(head, statistics([(x, torch.arange(7))], 9))
-    v = torch.randn(4, D, dtype=torch.float64)
-    assert torch.equal(head.frames[0](v), v - head.frames[0].center)
     torch.testing.assert_close(head.frames[0].center, x[:, 5:].mean(0), **CLOSE)
+    around = x[:, 5:] - x[:, 5:].mean(0)
+    T = around.t() @ around / 6
+    shrunk = 0.07 * T + 0.93 * T.diagonal().mean() * torch.eye(D, dtype=torch.float64)
+    z = head.frames[0](x[:, 5:])
+    wanted = around @ torch.linalg.inv(shrunk) @ around.t() * 0.93 * T.diagonal().mean()
+    torch.testing.assert_close(z @ z.t(), wanted, **CLOSE)
 
 
 def test_rows_of_all_parts_are_of_their_own_columns():

@@ -148,7 +148,7 @@ def train_with(options: Options) -> None:
         pull=Pull(options.start.l2_sp, optimizer, part, start) if options.start.l2_sp else None,
     )
     if options.head.head_refit is not None and faim_heads(model):
-        run.refit = build_refit(clean_images(), options.head.head_refit, epochs)
+        run.refit = build_refit(clean_images(), options.head.head_refit, epochs, options.head_recipe)
     if options.run.dry_run:
         dry_run(run, val_batches, epochs, log)
         return

@@ -43,13 +43,16 @@ def fit_heads_to(
         raise UserError(f"{flag}: {e}") from e
 
 
-def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], None]:
+def build_refit(
+    clean: Any, views: int, epochs: int, recipe: HeadRecipeOptions | None = None
+) -> Callable[[Training], None]:
     """What refits the heads of a run.
 
     Args:
         clean: loader of all training images once, unaugmented, in every process.
         views: augmented views of each image beside that.
         epochs: of the run; the views are drawn as those of the epochs that would follow.
+        recipe: shrinkage and share (default: those of `fit_`).
 
     Its `UserError` is raised on all processes alike, and leaves the heads as they are.
     """
@@ -59,7 +62,7 @@ def build_refit(clean: Any, views: int, epochs: int) -> Callable[[Training], Non
             extract_model_from_parallel(run.evaluated),
             batches(run),
             run.accelerator,
-            run.options.head_recipe,
+            recipe or HeadRecipeOptions(),
             "--head-refit",
         )
 
