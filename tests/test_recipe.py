@@ -113,3 +113,26 @@ def _framed(head, x):
         return [(x - head.center) @ head.whiten]
     first, second = x.split(head.parts, 1)
     return [(first - head.center) @ head.whiten, head.frames[0](second)]
+
+
+def test_copies_are_held_out_together_and_classes_of_copies_never():
+    (x,), y = features(6, 6, [20])
+    x = x.clone()
+    x[y == 0] = x[0].clone()  # a class of copies
+    x[1::6] = x[::6].clone() * (1 + 1e-6)  # and in each class two that are the same but for rounding
+    held = HeldOut([x, x.roll(1, 1)], y, 6, rank=8).fold(3, (0, 1))
+    for folds in held.kinds:
+        assert torch.equal(folds[1::6], folds[::6])
+        assert (folds[y == 0] == -1).all() and (folds[y > 0] >= 0).all()
+    assert choose(held).score > 0.2
+
+
+def test_classes_of_copies_alone_and_a_single_class():
+    x = 100.0 + torch.randn(4, 12)[torch.arange(4).repeat_interleave(5)]
+    y = torch.arange(4).repeat_interleave(5)
+    head = fit_(FAIMHead(12, 4), [(x, y)]).eval()
+    assert torch.equal(head(x).argmax(1), y)
+    held = HeldOut([x], y, 4, rank=8).fold()
+    assert len(held) == 0 and choose(held).score is None
+    one = HeldOut([torch.randn(30, 12)], torch.zeros(30, dtype=torch.long), 1, rank=8).fold()
+    assert choose(one).score == 1.0

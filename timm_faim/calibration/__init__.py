@@ -2,7 +2,7 @@
 
 from .calibration import COVERAGES, RATES, SOURCES, Calibration, calibrate
 from .conformal import prediction_sets, set_threshold, threshold
-from .cross_fit import FOLDS, cross_fitted_logits, lookalike_folds
+from .cross_fit import FOLDS, cross_fitted_logits, lookalike_folds, same_image
 from .error import BINS, calibration_error, reliability
 from .score import known_score
 from .temperature import apply_temperature_, fit_temperature
@@ -23,6 +23,7 @@ __all__ = [
     "lookalike_folds",
     "prediction_sets",
     "reliability",
+    "same_image",
     "set_threshold",
     "threshold",
 ]

@@ -12,6 +12,7 @@ from timm_faim.head import FAIMHead, fit_
 from timm_faim.metric import checked_count
 
 FOLDS = 5
+_ROUNDING = 1e-5  # of the variance of all points
 
 
 def lookalike_folds(points: Tensor, targets: Tensor, count: int = FOLDS) -> Tensor:
@@ -21,7 +22,7 @@ def lookalike_folds(points: Tensor, targets: Tensor, count: int = FOLDS) -> Tens
     series in the training images, and is recognised far better than a new one. So each class falls into as many groups
     as there are folds: around the image that is farthest from the class's mean, then around the one that is farthest
     from those picked so far, and so on (Gonzalez 1985); each image goes with the nearest. Images of a class that has
-    one, or copies of one, are never held out.
+    one, or copies of one up to rounding, are never held out.
 
     Args:
         points: [N, D], such as ``head.embed(features)``.
@@ -36,21 +37,27 @@ def lookalike_folds(points: Tensor, targets: Tensor, count: int = FOLDS) -> Tens
     if points.dim() != 2 or targets.shape != points.shape[:1]:
         raise ValueError(f"expected points [N, D] and targets [N], got {list(points.shape)} and {list(targets.shape)}")
     folds_N = torch.full_like(targets, -1, dtype=torch.long)
+    same = same_image(points)
     for i, label in enumerate(targets.unique()):
         members = (targets == label).nonzero().flatten()
-        groups = _groups(points[members].double(), count)
+        groups = _groups(points[members].double(), count, same)
         if groups.any():
             folds_N[members] = (groups + i) % count  # shifted, so that folds are of like size
     return folds_N
 
 
-def _groups(points_nD: Tensor, count: int) -> Tensor:
+def same_image(points_ND: Tensor) -> float:
+    """The squared distance up to which two points are one image, computed twice or in half precision."""
+    return _ROUNDING * points_ND.double().var(0, correction=0).sum().item() if len(points_ND) else 0.0
+
+
+def _groups(points_nD: Tensor, count: int, same: float) -> Tensor:
     """Group [n] of each point, from 0 on; all 0 where the points are equal."""
     group_n = torch.zeros(len(points_nD), dtype=torch.long, device=points_nD.device)
     pick = (points_nD - points_nD.mean(0)).square().sum(1).argmax()
     nearest_n = (points_nD - points_nD[pick]).square().sum(1)
     for group in range(1, min(count, len(points_nD))):
-        if not nearest_n.any():
+        if nearest_n.max() <= same:
             break
         distance_n = (points_nD - points_nD[nearest_n.argmax()]).square().sum(1)
         closer_n = distance_n < nearest_n

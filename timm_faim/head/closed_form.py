@@ -141,7 +141,17 @@ def _precision(within: Tensor, shrinkage: float, least: Tensor) -> Tensor:
     if within.dim() == 1:
         return 1.0 / ((1 - shrinkage) * within / average + shrinkage)
     eye_DD = torch.eye(len(within), dtype=within.dtype, device=within.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky((1 - shrinkage) * within / average + shrinkage * eye_DD))
+    return torch.cholesky_inverse(root_of_shrunk((1 - shrinkage) * within / average + shrinkage * eye_DD, shrinkage))
+
+
+def root_of_shrunk(shrunk_DD: Tensor, least: float) -> Tensor:
+    """The Cholesky factor of a covariance whose eigenvalues are ``least`` or more, but for rounding: where images of a
+    class are copies, that is all there is of the covariance."""
+    root_DD, failed = torch.linalg.cholesky_ex(shrunk_DD)
+    if not failed:
+        return root_DD
+    e_D, V_DD = torch.linalg.eigh(shrunk_DD)
+    return torch.linalg.cholesky((V_DD * e_D.clamp_min(least)) @ V_DD.t())
 
 
 def _set_metric(metric: FAIMMetric, sigma: Tensor, spread_CD: Tensor, pairs: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from timm_faim.calibration import FOLDS, lookalike_folds
+from timm_faim.calibration import FOLDS, lookalike_folds, same_image
 
 from .part import Frame, Part
 from .plan import SHRINKAGE, SINGLE_WEIGHT, WEIGHT, Plan
@@ -65,9 +65,10 @@ class HeldOut:
     def fold(self, count: int = FOLDS, usual: Sequence[int] = (0,)) -> "HeldOut":
         """Make ``count`` folds of images that are alike by the points of the usual parts, and as many at random."""
         everything = torch.ones_like(self.targets, dtype=torch.bool)
-        points = [Frame(self.parts[i], everything, SHRINKAGE).points() for i in usual]
-        alike = lookalike_folds(torch.cat(points, 1).cpu(), self.targets.cpu(), count).to(self.targets.device)
-        self.kinds = [alike, _shuffled_folds(self.targets, count).where(alike >= 0, alike)]
+        points = torch.cat([Frame(self.parts[i], everything, SHRINKAGE).points() for i in usual], 1)
+        alike = lookalike_folds(points.cpu(), self.targets.cpu(), count).to(self.targets.device)
+        mixed = _shuffled_folds(self.targets, count)[_first_copies(points, self.targets)]
+        self.kinds = [alike, mixed.where(alike >= 0, alike)]
         return self
 
     def __len__(self) -> int:
@@ -126,6 +127,16 @@ def _shuffled_folds(targets: Tensor, count: int) -> Tensor:
     folds = torch.empty_like(targets)
     folds[by_class] = (torch.arange(len(y), device=y.device) - first + y) % count
     return folds
+
+
+def _first_copies(points: Tensor, targets: Tensor) -> Tensor:
+    """For each image [N] the first one of its class that it is a copy of, mostly itself."""
+    first_N, same = torch.arange(len(targets), device=targets.device), same_image(points) ** 0.5
+    for label in targets.unique():
+        members = (targets == label).nonzero().flatten()
+        z = points[members].float()
+        first_N[members] = members[(torch.cdist(z, z) <= same).int().argmax(1)]
+    return first_N
 
 
 def sample(targets: Tensor, most: int = MOST) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from timm_faim.head.closed_form import shrinkage_of
+from timm_faim.head.closed_form import root_of_shrunk, shrinkage_of
 from timm_faim.head.sharing import sharing_weights
 
 _WIDE = 2048  # features; fewer have a full Σ
@@ -89,10 +89,10 @@ class Frame:
             second_rr -= self.means_Cr.t() @ (self.means_Cr * self.counts_C[:, None])
             total = total - (self.counts_C * self.means_CD.square().sum(1)).sum()
         shrinkage = shrinkage_of(single, shrinkage)
-        floor = shrinkage * total.clamp_min(_SMALL) / part.x.shape[1]
+        floor = shrinkage * total.clamp_min(_SMALL * part.lengths_N.sum()) / part.x.shape[1]
         shrunk_rr = ((1.0 - shrinkage) / floor).double() * second_rr.double()
         shrunk_rr.diagonal().add_(1.0)
-        self.root_rr = torch.linalg.cholesky(shrunk_rr)
+        self.root_rr = root_of_shrunk(shrunk_rr, 1.0)
         self.framed_Cr = self._framed(self.means_Cr)
 
     def _in_basis(self, rows: Tensor) -> Tensor:
