@@ -1,4 +1,4 @@
-"""--head-recipe auto: shrinkage and share of the closed-form fits, chosen once before the training."""
+"""--head-recipe auto: the share of the closed-form fits, chosen once before the training."""
 
 import pytest
 import timm
@@ -27,7 +27,7 @@ def weights(tmp_path_factory):
 
 def recipe_of(run):
     saved = yaml.safe_load((run / "args.yaml").read_text())
-    return {name: saved[name] for name in ("head_recipe", "head_shrinkage", "head_share")}
+    return {name: saved[name] for name in ("head_recipe", "head_share")}
 
 
 def start(images, output, weights, *argv):
@@ -39,9 +39,9 @@ def test_the_start_is_fitted_as_is_chosen_and_said(images, weights, tmp_path, ca
     said = capsys.readouterr().out
     recipe = recipe_of(chosen)
     assert recipe["head_recipe"] == "fixed"
-    words = f"recipe: pooled features; shrinkage {recipe['head_shrinkage']:g}; sharing {recipe['head_share']:g}"
+    words = f"recipe: pooled features; shrinkage 0.3; sharing {recipe['head_share']:g}"
     assert words in said and "held-out training images, accuracy by class:" in said
-    given = ["--head-shrinkage", recipe["head_shrinkage"], "--head-share", recipe["head_share"], "--head-init", "data"]
+    given = ["--head-share", recipe["head_share"], "--head-init", "data"]
     again = start(images, tmp_path / "b", weights, *given)
     one, two = (load_file(run / "last.safetensors") for run in (chosen, again))
     torch.testing.assert_close(one["fc.mu"], two["fc.mu"])
@@ -49,7 +49,7 @@ def test_the_start_is_fitted_as_is_chosen_and_said(images, weights, tmp_path, ca
 
 def test_what_is_given_stands_and_is_used(images, weights, tmp_path):
     shared = start(images, tmp_path / "a", weights, *AUTO, "--head-share", "20", "--head-shrinkage", "0.9")
-    assert recipe_of(shared) == {"head_recipe": "fixed", "head_share": 20.0, "head_shrinkage": 0.9}
+    assert recipe_of(shared) == {"head_recipe": "fixed", "head_share": 20.0}
     plain = start(images, tmp_path / "b", weights, "--head-init", "data")
     one, two = (timm.create_model(f"local-dir:{run}", pretrained=True).fc for run in (shared, plain))
     assert not torch.allclose(one.mu, two.mu, atol=1e-3) and isinstance(one, timm_faim.FAIMHead)

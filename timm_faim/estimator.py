@@ -45,6 +45,8 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         shrinkage: of the covariance within classes, in (0, 1]; 1 takes Σ = I. Few samples a class need more.
+        share: strength in [0, 100] at which prototypes of few samples are shared with look-alikes, see
+            :func:`timm_faim.head.sharing.share_prototypes`.
         space: "indicatrix" (centred, whitened, cosine), "sphere" (cosine of the features as they are) or "flat"
             (distance in whitened features: with equal priors the classes of linear discriminant analysis).
         full_sigma: False takes variances alone, in O(N D).
@@ -66,6 +68,7 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
         self,
         *,
         shrinkage: float = 0.3,
+        share: float = 0.0,
         space: str = "indicatrix",
         full_sigma: bool = True,
         parts: Sequence[int] | None = None,
@@ -74,6 +77,7 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
         gamma: float | str = "auto",
     ) -> None:
         self.shrinkage = shrinkage
+        self.share = share
         self.space = space
         self.full_sigma = full_sigma
         self.parts = parts
@@ -157,6 +161,7 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         checked_number("shrinkage", self.shrinkage, most=1.0, above=True)
+        checked_number("share", self.share, most=100.0)
         if self.space not in SPACES:
             raise ValueError(f"space must be one of {SPACES}, got {self.space!r}")
         if not (isinstance(self.gamma, str) and self.gamma == "auto"):
@@ -191,7 +196,7 @@ class FAIMClassifier(ClassifierMixin, BaseEstimator):
         seen = sums.counts_C > 0
         sums = copy.copy(sums)
         sums.counts_C, sums.sums_CD = sums.counts_C[seen], sums.sums_CD[seen]
-        head = fit_from_statistics_(self._new_head(len(sums.counts_C)), sums, self.shrinkage)
+        head = fit_from_statistics_(self._new_head(len(sums.counts_C)), sums, self.shrinkage, self.share)
         return head.requires_grad_(False)
 
     def _scaled(self, head: FAIMHead) -> FAIMHead:

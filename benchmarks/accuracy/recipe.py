@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from timm_faim import FAIMHead, fit_
 from timm_faim.recipe import HeldOut, Plan, choose
-from timm_faim.recipe.choose import SHARES, SHRINKAGES, WEIGHTS
+from timm_faim.recipe.choose import SHARES, WEIGHTS
 from timm_faim.recipe.plan import SINGLE_WEIGHT
 
 STAGES = ("blocks.4", "blocks.2", "blocks.3")  # the usual one first
@@ -87,10 +88,10 @@ def faim(seen: Parts, y: Tensor, test: Parts, vy: Tensor) -> dict[str, Any]:
         "auto without sharing": choose(held, share=0.0).plan,
         "auto, one stage": choose(held, [(0, 1)]).plan,
         "auto, weight 0.75": choose(held, weight=0.75).plan,
-        "auto, shrinkage 0.3": choose(held, shrinkage=0.3).plan,
-        "auto, weight alone": choose(held, [(0, 1)], shrinkage=0.3, share=0.0).plan,
-        "auto, sharing alone": choose(held, [(0, 1)], shrinkage=0.3, weight=0.75).plan,
-        "auto, stages alone": choose(held, shrinkage=0.3, share=0.0, weight=0.75).plan,
+        "auto and shrinkage": with_shrinkage(held, chosen.plan),
+        "auto, weight alone": choose(held, [(0, 1)], share=0.0).plan,
+        "auto, sharing alone": choose(held, [(0, 1)], weight=0.75).plan,
+        "auto, stages alone": choose(held, share=0.0, weight=0.75).plan,
     }
     done: dict[Plan, float] = {}
     for plan in plans.values():
@@ -105,19 +106,21 @@ def faim(seen: Parts, y: Tensor, test: Parts, vy: Tensor) -> dict[str, Any]:
     }
 
 
+def with_shrinkage(held: HeldOut, plan: Plan) -> Plan:
+    """The plan with the best of some shrinkages."""
+    plans = [plan, *(replace(plan, shrinkage=other) for other in (0.1, 0.5))]
+    return max(plans, key=lambda each: held.scores([each])[0]) if held else plan
+
+
 def perfect(seen: Parts, y: Tensor, test: Parts, vy: Tensor) -> float:
     """The best top-1 on the validation images of all plans that auto chooses among."""
     n, classes = len(y), int(y.max()) + 1
     fold = torch.cat([torch.full((n,), -1, device=y.device), torch.zeros_like(vy)])  # what it holds out is not seen
     parts = [torch.cat(pair) for pair in zip(seen, test, strict=True)]
     both = HeldOut(parts, torch.cat([y, vy]), classes, RANK, [fold])
-    best, subsets = 0.0, [(0,), *((0, i) for i in (1, 2, 3)), (0, 1, 2), (0, 1, 3)]
-    for shrinkage in SHRINKAGES:
-        plans = [
-            Plan(p, w, shrinkage, s) for p in subsets for w in (WEIGHTS if len(p) > 1 else WEIGHTS[:1]) for s in SHARES
-        ]
-        best = max(best, *both.scores(plans))
-    return 100.0 * best
+    subsets = [(0,), *((0, i) for i in (1, 2, 3)), (0, 1, 2), (0, 1, 3)]
+    plans = [Plan(p, w, 0.3, s) for p in subsets for w in (WEIGHTS if len(p) > 1 else WEIGHTS[:1]) for s in SHARES]
+    return 100.0 * max(both.scores(plans))
 
 
 def splits(held: HeldOut) -> Iterator[tuple[Tensor, Tensor]]:

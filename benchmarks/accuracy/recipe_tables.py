@@ -29,7 +29,7 @@ EARNS = {
     "stages, last": ("auto", "auto, one stage"),
     "weight, last": ("auto", "auto, weight 0.75"),
     "sharing, last": ("auto", "auto without sharing"),
-    "shrinkage, last": ("auto", "auto, shrinkage 0.3"),
+    "shrinkage chosen, too: auto and shrinkage − auto": ("auto and shrinkage", "auto"),
 }
 
 
@@ -125,7 +125,6 @@ def choices(lines: list[dict[str, Any]], gaps: Callable) -> list[str]:
     counts = {
         "parts": Counter(" + ".join(PARTS[i] for i in line["plan"]["parts"]) for line in chosen),
         "weight of the moments": Counter(line["plan"]["weight"] for line in chosen if len(line["plan"]["parts"]) > 1),
-        "shrinkage": Counter(line["plan"]["shrinkage"] for line in chosen),
         "sharing": Counter(line["plan"]["share"] for line in chosen),
     }
     page += ["| choice | times |", "|---|---|"]

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--faim-cfg", nargs="*", default=[], metavar="KEY=VALUE", help="options of the head, for example moments=True")
     add("--val-fraction", type=Number(float, 0, 0.5, above=True), metavar="F",
         help="hold out this share of the training images in turn, where there is no val/ (default: 0.2)")  # fmt: skip
-    add("--recipe", choices=("auto", "fixed"), default="auto", help="auto: stages, weight, shrinkage and share by "
-        "held-out training images; fixed: those of --faim-cfg, 0.3 and 0 (default: auto)")  # fmt: skip
-    add("--shrinkage", type=above(0, 1), metavar="A",
-        help="of the covariance within classes towards a multiple of the identity (default: the recipe's)")  # fmt: skip
+    add("--recipe", choices=("auto", "fixed"), default="auto", help="auto: stages, weight and share by held-out "
+        "training images; fixed: those of --faim-cfg, and share 0 (default: auto)")  # fmt: skip
+    add("--shrinkage", type=above(0, 1), metavar="A", default=0.3,
+        help="of the covariance within classes towards a multiple of the identity (default: 0.3)")  # fmt: skip
     add("--share", type=real(0, 100), metavar="V", help="strength at which prototypes of few images are shared with "
         "look-alikes (default: the recipe's)")  # fmt: skip
     add("--unlabelled", type=Path, metavar="DIR", help="also learn from the images in this folder, at any depth, which "

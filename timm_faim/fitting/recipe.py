@@ -20,7 +20,6 @@ from timm_faim.models.config import PREFIX
 from timm_faim.models.moments import NAME, branch_of
 from timm_faim.models.stages import offered_stages
 from timm_faim.recipe import HeldOut, Plan, choose, sample
-from timm_faim.recipe.plan import SHRINKAGE
 from timm_faim.run.options import AUTO
 from timm_faim.training.model import build_model
 from timm_faim.training.options import Options
@@ -107,7 +106,7 @@ def make_recipe(
     every = tuple(range(len(head.parts)))
     if not may_choose(args, head):
         moments = model.faim_cfg["moments"] or {}
-        plan = Plan(every, moments.get("weight", 1.0), args.shrinkage or SHRINKAGE, args.share or 0.0)
+        plan = Plan(every, moments.get("weight", 1.0), args.shrinkage, args.share or 0.0)
         return Recipe(plan, names, None, None, None)
     rows = sample(torch.from_numpy(train.target))
     x = torch.cat([block for block, _ in train.blocks(rows.numpy())]).to(head.mu.device).split(head.parts, 1)

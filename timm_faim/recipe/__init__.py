@@ -1,4 +1,4 @@
-"""Heads in closed form, chosen by held-out training images: parts and their weights, shrinkage, sharing."""
+"""Heads in closed form, chosen by held-out training images: parts, their weights, and sharing."""
 
 from .choose import MOST, Chosen, HeldOut, choose, sample
 from .plan import Plan

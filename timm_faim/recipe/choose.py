@@ -17,7 +17,7 @@ from timm_faim.calibration import FOLDS, lookalike_folds, same_image
 from .part import Frame, Part
 from .plan import SHRINKAGE, SINGLE_WEIGHT, WEIGHT, Plan
 
-WEIGHTS, SHRINKAGES, SHARES = (0.6, 0.75, 0.85, 0.92, 1.0), (0.1, 0.3, 0.5), (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+WEIGHTS, SHARES = (0.6, 0.75, 0.85, 0.92, 1.0), (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 LEAST, MOST = 20, 10_000  # held-out images: fewer say nothing, more are not needed
 MOST_CLASSES = 2_000  # beyond, sharing is not tried: it costs C³
 _ROWS = 1 << 22  # numbers in a block of cosines
@@ -159,7 +159,7 @@ def choose(
 ) -> Chosen:
     """The plan with the best score; of several as good the first, which is the simplest.
 
-    First the parts, their weight and the share together, at the usual shrinkage, then the shrinkage.
+    The shrinkage stays as it is: choosing it, too, gains nothing.
 
     Args:
         held: what is chosen by.
@@ -185,15 +185,7 @@ def choose(
              for w in (weights if len(parts) > 1 else weights[:1])]  # fmt: skip
     scores = held.scores(plans)
     best = max(range(len(plans)), key=scores.__getitem__)
-    plan, score, simpler = plans[best], scores[best], _simpler(plans, scores, plans[best])
-    for other in SHRINKAGES if shrinkage is None else ():
-        if other != plain.shrinkage:
-            tried = replace(plans[best], shrinkage=other)
-            (value,) = held.scores([tried])
-            if value > score:
-                simpler[f"shrinkage {plain.shrinkage:g}"] = scores[best]
-                plan, score = tried, value
-    return Chosen(plan, score, simpler)
+    return Chosen(plans[best], scores[best], _simpler(plans, scores, plans[best]))
 
 
 def _simpler(plans: Sequence[Plan], scores: Sequence[float], best: Plan) -> dict[str, float]:

@@ -21,7 +21,7 @@ class HeadRecipeOptions:
     """Heads in closed form."""
 
     head_recipe: str = option(
-        "auto: shrinkage and share of the fits by held-out training images, before the training",
+        "auto: the share of the fits by held-out training images, before the training",
         "fixed",
         choices=("fixed", AUTO),
         marks="faim training",
@@ -51,7 +51,7 @@ def choose_head_recipe(
     accelerator: Accelerator,
     log: Callable,
 ) -> dict[str, Any]:
-    """Choose shrinkage and share where that is asked for, put them into the options and say so; a collective call.
+    """Choose the share where that is asked for, put them into the options and say so; a collective call.
 
     Args:
         options: what is given by the user stands.
@@ -93,7 +93,7 @@ def choose_head_recipe(
     for line in chosen.lines(["pooled features", *([stage.name for stage in branch.stages] if branch else [])]):
         log(line)
     plan = broadcast_object_list([chosen.plan])[0]  # of float sums, which need not be equal to the last bit
-    taken = {"head_recipe": "fixed", "head_shrinkage": plan.shrinkage, "head_share": plan.share}
+    taken = {"head_recipe": "fixed", "head_share": plan.share}
     vars(options).update(taken)
     return taken
 

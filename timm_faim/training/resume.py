@@ -30,7 +30,7 @@ _RUNTIME = {"config", *ONE_LAUNCH, *marked(GROUPS.values(), "runtime")}
 
 
 OF_CROP = ("crop_mode", "crop_pct", "train_crop_mode")  # options that --crop-mode auto sets
-OF_HEAD = ("head_recipe", "head_shrinkage", "head_share")  # and --head-recipe auto
+OF_HEAD = ("head_recipe", "head_share")  # and --head-recipe auto
 
 
 def open_run_folder(
