@@ -136,6 +136,21 @@ def test_other_classes_under_the_backbone_of_a_run(fitted, backbone, tmp_path):
                        old.conv1[0].weight if hasattr(old.conv1, "__getitem__") else old.conv1.weight)  # fmt: skip
 
 
+def test_a_run_keeps_its_stages_and_the_options_of_its_head(data, backbone, tmp_path):
+    images = runs.make_images(tmp_path / "data", train=9, val=2)
+    cfg = "moments={'stages': ['layer2']}"
+    first = fit(images, tmp_path, backbone, "--faim-cfg", cfg, "margin=0.05", "--recipe", "fixed", experiment="a")
+    runs.fresh_accelerator()
+    words = [str(images), "--model", str(first), "--output", str(tmp_path), "--experiment", "b", "--no-cache", *QUICK]
+    run_command("fit", words)
+    how = record_of(config_of(tmp_path / "b"))["fit"]
+    saved = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    assert how["recipe"] == "auto" and how["held_out_accuracy"] is not None and how["moments"] == ["layer2.0"]
+    assert saved.faim_cfg["margin"] == 0.05 and saved.faim_cfg["moments"]["weight"] == how["weight"]
+    torch.testing.assert_close(saved.fc.part_weights, torch.tensor([1 - how["weight"], how["weight"]]))
+    assert record_of(config_of(first))["fit"]["recipe"] == "fixed"
+
+
 def _fit_here(data, output, backbone):
     Accelerator.end_training = lambda self: None  # the group is that of the test
     words = [data, "--output", output, "--experiment", "two", "--model", "faim_test_resnet", "--pretrained-path"]

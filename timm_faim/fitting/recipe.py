@@ -123,7 +123,10 @@ def make_recipe(
 def reads_chosen(options: Options, model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model whose head reads what the recipe says, on the device of the one that reads all, with its moments."""
     head, parts = only_head(model), recipe.plan.parts
-    if len(head.parts) == 1:
+    if len(head.parts) == len(parts):
+        if len(parts) > 1:
+            head.part_weights.data.copy_(torch.tensor(recipe.plan.part_weights))
+            model.faim_cfg["moments"] = model.faim_cfg["moments"] | {"weight": recipe.plan.weight}
         return model
     stages = [recipe.names[i] for i in parts[1:]]
     made = with_stages(options, stages, recipe.plan.weight, head.num_classes).to(head.mu.device)
