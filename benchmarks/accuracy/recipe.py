@@ -204,7 +204,8 @@ def main() -> None:
                 with args.output.open("a") as file:
                     found = faim(seen, y, test, vy)
                     found["peers"] = before["peers"] if before else peers(seen, y, test, vy)
-                    file.write(json.dumps({"config": config, **found, **machine}) + "\n")
+                    where = machine | ({"device": f"{machine['device']}, peers {before['device']}"} if before else {})
+                    file.write(json.dumps({"config": config, **found, **where}) + "\n")
                 print(f"{config}: {time.time() - began:.1f} s", flush=True)
 
 

@@ -89,7 +89,10 @@ def report(lines: list[dict[str, Any]]) -> list[str]:
     found |= {f"{name}, perfect choice": means(lambda line, n=name: line["peers"][n]["perfect"]) for name in peers}
     overall = {name: mean(found[name][s] for s in settings) for name in peers}
     best = max(overall, key=overall.__getitem__)
-    page = ["", "Top-1 in %, mean over cuts; what is called perfect was chosen on the validation images:", ""]
+    cuts = {data: max(len(runs[s]) for s in settings if s[0] == data) for data, _ in settings}
+    counted = ", ".join(f"{data} {count}" for data, count in cuts.items())
+    page = ["", f"Top-1 in %, mean over cuts ({counted}; of all images one); what is called perfect was "
+            "chosen on the validation images:", ""]  # fmt: skip
     page += table(found, settings)
     page += ["", f"Best peer by mean, picked after the fact in its favour: {best}. The best of all is picked so for "
              "each setting and cut.", ""]  # fmt: skip
