@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from timm_faim import FAIMHead, fit_
 from timm_faim.head.sharing import share_prototypes, sharing_weights
+from timm_faim.models.stages import find_stage, offered_stages
 from timm_faim.recipe import HeldOut, Plan, choose, sample
 
 
@@ -136,3 +137,20 @@ def test_classes_of_copies_alone_and_a_single_class():
     assert len(held) == 0 and choose(held).score is None
     one = HeldOut([torch.randn(30, 12)], torch.zeros(30, dtype=torch.long), 1, rank=8).fold()
     assert choose(one).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arch", "others"),
+    [
+        ("tf_efficientnet_lite0", ["blocks.2.1", "blocks.3.2"]),
+        ("resnet50", ["layer1.2", "layer2.3"]),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.9"]),
+        ("test_resnet", ["layer1.0", "layer2.0"]),
+    ],
+)
+def test_stages_that_are_offered(arch, others):
+    assert offered_stages(arch, {}) == [find_stage(arch, {}).name, *others]
+
+
+def test_no_stage_is_offered_where_no_block_gives_a_map():
+    assert offered_stages("selecsls42b", {}) == []
