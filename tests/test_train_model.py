@@ -622,5 +622,5 @@ def test_nothing_is_frozen_without_options():
 def test_heads_are_fitted_in_low_precision():
     args, model = build("--model-dtype", "bfloat16", model="faim_test_resnet")
     batches = [(images().bfloat16(), torch.tensor([0, 1, 2, 0])) for _ in range(3)]
-    fit_heads_to(model, batches, Accelerator(cpu=True), "--head-init data")
+    fit_heads_to(model, batches, Accelerator(cpu=True), args.head_recipe, "--head-init data")
     assert torch.isfinite(model.fc.mu).all() and torch.isfinite(model(images().bfloat16())).all()
