@@ -12,7 +12,7 @@ images but what is called perfect. Lines that the output has are not computed ag
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -121,13 +121,6 @@ def perfect(seen: Parts, y: Tensor, test: Parts, vy: Tensor) -> float:
     subsets = [(0,), *((0, i) for i in (1, 2, 3)), (0, 1, 2), (0, 1, 3)]
     plans = [Plan(p, w, 0.3, s) for p in subsets for w in (WEIGHTS if len(p) > 1 else WEIGHTS[:1]) for s in SHARES]
     return 100.0 * max(both.scores(plans))
-
-
-def splits(held: HeldOut) -> Iterator[tuple[Tensor, Tensor]]:
-    """Masks of held-out images, over both kinds of folds."""
-    for fold in held.kinds:
-        for k in fold[fold >= 0].unique().tolist():
-            yield fold == k, fold
 
 
 def peer(

@@ -17,6 +17,7 @@ from timm_faim.head import FAIMHead
 from timm_faim.metric import checked_count, checked_number, cosine_logits, unit_vectors
 
 ASSUMPTION = "assumes that most of the unlabelled images are of these classes, in about these proportions"
+REJECTED = 0.05  # of images of the classes, by the calibration: what is known less well is left out
 STEPS = 5
 _AT_ONCE = 4096  # points in float32
 _ROUNDS = 10  # of scaling to the proportions

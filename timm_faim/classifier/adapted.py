@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from timm_faim.adapt import ASSUMPTION, adapt_, evidence
+from timm_faim.adapt import ASSUMPTION, REJECTED, adapt_, evidence
 from timm_faim.calibration import Calibration
 from timm_faim.classifier.classifier import Classifier, ExportedModel
 from timm_faim.classifier.neighbours import FILE
@@ -22,7 +22,6 @@ from timm_faim.images.files import images_of
 from timm_faim.images.loaders import clean_loader
 from timm_faim.run.errors import UserError
 
-REJECTED = 0.05  # of images of the classes, by the calibration: what is known less well is left out
 ENOUGH = 0.5  # of the images are known, or the assumption does not hold
 
 

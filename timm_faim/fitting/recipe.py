@@ -17,14 +17,12 @@ from timm_faim.calibration import FOLDS, lookalike_folds
 from timm_faim.fitting.extract import only_head
 from timm_faim.fitting.store import Features
 from timm_faim.models.config import PREFIX
-from timm_faim.models.moments import NAME, branch_of
+from timm_faim.models.moments import NAME, part_names
 from timm_faim.models.stages import offered_stages
-from timm_faim.recipe import HeldOut, Plan, choose, sample
+from timm_faim.recipe import HeldOut, Plan, choose, has_recipe, sample
 from timm_faim.run.options import AUTO
 from timm_faim.training.model import build_model
 from timm_faim.training.options import Options
-
-POOLED = "pooled features"
 
 
 def folds_of(args: argparse.Namespace) -> int:
@@ -34,7 +32,7 @@ def folds_of(args: argparse.Namespace) -> int:
 
 def may_choose(args: argparse.Namespace, head: FAIMHead) -> bool:
     """Whether the recipe is to be chosen, and the head one that it is for: with a full Σ on its sphere."""
-    return args.recipe == AUTO and head.cosine and head.space == "indicatrix" and head.full_sigma
+    return args.recipe == AUTO and has_recipe(head)
 
 
 def stages_to_offer(args: argparse.Namespace, options: Options, model: nn.Module) -> list[str]:
@@ -101,18 +99,16 @@ def make_recipe(
         offered: whether the model may come to read less than now.
         log: print.
     """
-    head, branch = only_head(model), branch_of(model)
-    names = [POOLED, *([] if branch is None else [stage.name for stage in branch.stages])]
+    head, names = only_head(model), part_names(model)
     every = tuple(range(len(head.parts)))
     if not may_choose(args, head):
         moments = model.faim_cfg["moments"] or {}
         plan = Plan(every, moments.get("weight", 1.0), args.shrinkage, args.share or 0.0)
         return Recipe(plan, names, None, None, None)
     rows = sample(torch.from_numpy(train.target))
-    x = torch.cat([block for block, _ in train.blocks(rows.numpy())]).to(head.mu.device).split(head.parts, 1)
+    x = torch.cat([block for block, _ in train.blocks(rows.numpy())]).to(head.mu.device)
     target = torch.from_numpy(train.target)[rows].to(head.mu.device)
-    rank = max((frame.rank for frame in head.frames), default=1)
-    held = HeldOut(x, target, head.num_classes, rank).fold(folds_of(args), every[:2])
+    held = HeldOut.of_head(head, x, target, folds_of(args))
     parts = None if offered else [every]
     chosen = choose(held, parts, shrinkage=args.shrinkage, share=args.share, weight=weight)
     for line in chosen.lines(names):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_faim import FAIMHead
-from timm_faim.adapt import ASSUMPTION, Check, adapt_, evidence
+from timm_faim.adapt import ASSUMPTION, REJECTED, Check, adapt_, evidence
 from timm_faim.calibration import Calibration, calibrate
 from timm_faim.fitting.extract import extract, only_head
 from timm_faim.fitting.heads import held_out_logits, logits_of, points_of
@@ -34,8 +34,6 @@ from timm_faim.recipe import Plan
 from timm_faim.run.errors import UserError
 from timm_faim.training.data import build_clean_loader
 from timm_faim.training.options import Options
-
-REJECTED = 0.05  # of images of the classes, by the calibration: what is known less well is left out
 
 
 @contextmanager

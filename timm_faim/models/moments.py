@@ -168,6 +168,12 @@ def branch_of(model: nn.Module) -> MomentsBranch | None:
     return getattr(model, NAME, None)
 
 
+def part_names(model: nn.Module) -> list[str]:
+    """In words, the parts of the features that the heads of a model read."""
+    branch = branch_of(model)
+    return ["pooled features", *([] if branch is None else [stage.name for stage in branch.stages])]
+
+
 def add_branch(model: nn.Module, stages: Sequence[Stage], components: int) -> None:
     """Give a model a branch, in place, that its heads read once they are there (:func:`connect_heads`).
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_faim.calibration import FOLDS, lookalike_folds, same_image
+from timm_faim.head import FAIMHead
 
 from .part import Frame, Part
 from .plan import SHRINKAGE, SINGLE_WEIGHT, WEIGHT, Plan
@@ -61,6 +62,13 @@ class HeldOut:
         self.targets, self.num_classes = targets, num_classes
         self.parts = [Part(x, targets, num_classes, rank) for x in parts]
         self.kinds = list(kinds)
+
+    @classmethod
+    def of_head(cls, head: FAIMHead, features: Tensor, targets: Tensor, folds: int = FOLDS) -> "HeldOut":
+        """Of the features [N, D] of a head, in folds; images are alike by the pooled features and the next part."""
+        rank = max((frame.rank for frame in head.frames), default=1)
+        held = cls(features.split(head.parts, 1), targets, head.num_classes, rank)
+        return held.fold(folds, range(len(head.parts))[:2])
 
     def fold(self, count: int = FOLDS, usual: Sequence[int] = (0,)) -> "HeldOut":
         """Make ``count`` folds of images that are alike by the points of the usual parts, and as many at random."""
@@ -111,6 +119,11 @@ class HeldOut:
                     each = frames[part].cosines(rows, shares)
                     found |= {(part, share): cosines for share, cosines in zip(shares, each, strict=True)}
                 yield rows, found
+
+
+def has_recipe(head: FAIMHead) -> bool:
+    """Whether a head is one that recipes are for: on its indicatrix with a full Σ and without 1-form."""
+    return head.cosine and head.space == "indicatrix" and head.full_sigma
 
 
 def _blend(cosines: dict[tuple[int, float], Tensor], plan: Plan) -> Tensor:

@@ -61,9 +61,6 @@ class Part:
         vectors = torch.linalg.eigh((small_Nq.t() @ small_Nq).double()).eigenvectors.flip(1)[:, :rank]
         return Q_Dq @ vectors.to(Q_Dq)
 
-    def __len__(self) -> int:
-        return len(self.x)
-
 
 class Frame:
     """z = A (x - c) of a part and the class means in it, from the images that a mask [N] says are seen.

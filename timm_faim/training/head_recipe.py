@@ -11,7 +11,8 @@ from accelerate.utils import broadcast_object_list
 from timm_faim import FAIMHead, faim_heads
 from timm_faim.head.fit import fit_moments_
 from timm_faim.head.tap import layer_inputs, pooled
-from timm_faim.recipe import MOST, HeldOut, choose, sample
+from timm_faim.models.moments import part_names
+from timm_faim.recipe import MOST, HeldOut, choose, has_recipe, sample
 from timm_faim.run.errors import UserError
 from timm_faim.run.options import AUTO, above, option, real
 
@@ -51,7 +52,7 @@ def choose_head_recipe(
     accelerator: Accelerator,
     log: Callable,
 ) -> dict[str, Any]:
-    """Choose the share where that is asked for, put them into the options and say so; a collective call.
+    """Choose the share where that is asked for, put it into the options and say so; a collective call.
 
     Args:
         options: what is given by the user stands.
@@ -71,7 +72,7 @@ def choose_head_recipe(
         return {}
     heads = faim_heads(model)
     head = next(iter(heads.values()), None)
-    if len(heads) != 1 or not (head.cosine and head.space == "indicatrix" and head.full_sigma):
+    if len(heads) != 1 or not has_recipe(head):
         raise UserError("--head-recipe auto is for models with one head in the space \"indicatrix\" with a full Σ and "
                         "without 1-form. Give --head-shrinkage and --head-share")  # fmt: skip
 
@@ -84,13 +85,12 @@ def choose_head_recipe(
         x, y = _features(model, head, clean, forward)
     except ValueError as e:
         raise UserError(f"--head-recipe auto: {e}") from e
-    every = tuple(range(len(head.parts)))
-    rank = max((frame.rank for frame in head.frames), default=1)
-    held = HeldOut(x.split(head.parts, 1), y, head.num_classes, rank).fold(usual=every[:2])
+    held = HeldOut.of_head(head, x, y)
     weight = 1.0 - head.part_weights[0].item() if head.part_weights is not None else None
-    chosen = choose(held, [every], weight=weight, shrinkage=options.head_shrinkage, share=options.head_share)
-    branch = getattr(model, "faim_moments", None)
-    for line in chosen.lines(["pooled features", *([stage.name for stage in branch.stages] if branch else [])]):
+    chosen = choose(
+        held, [tuple(range(len(head.parts)))], weight=weight, shrinkage=options.head_shrinkage, share=options.head_share
+    )
+    for line in chosen.lines(part_names(model)):
         log(line)
     plan = broadcast_object_list([chosen.plan])[0]  # of float sums, which need not be equal to the last bit
     taken = {"head_recipe": "fixed", "head_share": plan.share}
