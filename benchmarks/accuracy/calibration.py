@@ -20,8 +20,8 @@ from statistics import mean
 
 import torch
 from calibration_tables import report
-from features import CACHE, named_folders
-from frozen import Log, cut
+from features import CACHE, cut, named_folders
+from frozen import Log
 from maps import Frozen, Recipe, parts_of
 from measures import measures
 from settings import LITE0

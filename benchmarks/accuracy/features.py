@@ -53,6 +53,14 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=int, default=4, help="augmented views of each training image")
 
 
+def cut(targets_N: Tensor, count: int | None, seed: int) -> Tensor:
+    """Indices of ``count`` images of each class, drawn by the seed; all for None."""
+    if count is None:
+        return torch.arange(len(targets_N))
+    order = torch.randperm(len(targets_N), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[targets_N[order] == label][:count] for label in targets_N.unique()]).sort().values
+
+
 def named_folders(entries: list[str]) -> dict[str, Path]:
     """Paths by name of words NAME=PATH."""
     return {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in entries)}

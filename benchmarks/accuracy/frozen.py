@@ -26,7 +26,7 @@ import sklearn
 import timm
 import torch
 import trained
-from features import FrozenFeatures, data_arguments, frozen_features, named_folders
+from features import FrozenFeatures, cut, data_arguments, frozen_features, named_folders
 from measures import measures
 from torch import Tensor
 
@@ -41,14 +41,6 @@ VERSIONS = {
     "timm_faim": timm_faim.__version__,
 }
 PER_CLASS_SHRINKAGE = "lda_ledoit_wolf"  # by far the slowest; deterministic
-
-
-def cut(targets_N: Tensor, count: int | None, seed: int) -> Tensor:
-    """Indices of ``count`` images of each class, drawn by the seed; all for None."""
-    if count is None:
-        return torch.arange(len(targets_N))
-    order = torch.randperm(len(targets_N), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[targets_N[order] == label][:count] for label in targets_N.unique()]).sort().values
 
 
 def selection_split(targets_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from closed_form import folds
-from features import CACHE, named_folders
-from frozen import VERSIONS, cut
+from features import CACHE, cut, named_folders
+from frozen import VERSIONS
 from maps import Frozen, Recipe, View, parts_of
 from refits import DEFAULT_WEIGHT, KINDS, RANK, WEIGHTS, PartFit
 from settings import STAGES

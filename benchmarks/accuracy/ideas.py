@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 from closed_form import Support
-from features import data_arguments, frozen_features, named_folders
-from frozen import cut, images_with_views
+from features import cut, data_arguments, frozen_features, named_folders
+from frozen import images_with_views
 from sklearn.covariance import ledoit_wolf_shrinkage
 from tables import interval
 from torch import Tensor

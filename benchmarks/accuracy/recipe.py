@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from features import CACHE, named_folders
+from features import CACHE, cut, named_folders
 from maps import Frozen, View, fitted_moments, second_moments
 from maps import Recipe as Features
 from peers import PEERS, Part
@@ -34,14 +34,6 @@ from timm_faim.recipe.plan import SINGLE_WEIGHT
 STAGES = ("blocks.4", "blocks.2", "blocks.3")  # the usual one first
 RANK = 256
 Parts = list[Tensor]
-
-
-def cut(targets_N: Tensor, count: int | None, seed: int) -> Tensor:
-    """Indices of ``count`` images of each class, drawn by the seed; all for None."""
-    if count is None:
-        return torch.arange(len(targets_N))
-    order = torch.randperm(len(targets_N), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[targets_N[order] == label][:count] for label in targets_N.unique()]).sort().values
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from features import CACHE, named_folders
-from frozen import Log, cut
+from features import CACHE, cut, named_folders
+from frozen import Log
 from maps import Frozen, Recipe, View, fitted_moments, second_moments
 from settings import LITE0
 from tables import show
